@@ -1,0 +1,215 @@
+"""The token MDP: its batch types, its one mask convention and its one shift by one.
+
+A state is a prompt followed by the response so far, an action is the next token (method §1).
+Shapes, used in every annotation of this package::
+
+    batch   rows, one response each         time    response positions, right-padded
+    seq     prompt and response positions   tokens  valid response tokens, flattened row by row
+    vocab   the policy's vocabulary         dim     hidden size
+
+``response_mask`` is True where a token is an action of the policy. It is built from lengths, never
+from token values: an end-of-sequence token that ended the response counts, padding that happens to
+have the same id does not, and prompt tokens never do. Everything downstream of the models works on
+the flat ``tokens`` axis, so that padding cannot reach a loss, a metric or a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A conversation that waits for the assistant's reply.
+
+    Args:
+        messages: The turns, oldest first; the last one is the user's.
+        response: The data set's own reply, for off-policy replay only; None where it has none.
+        complete: Whether ``response`` ended by itself (False: it was cut by its source).
+    """
+
+    messages: tuple[Message, ...]
+    response: str | None = None
+    complete: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """What a data loader yields: prompts, and which training step on them this is.
+
+    Args:
+        prompts: The prompts of one rollout on this rank.
+        step: 0 for the first training step on these prompts (a fresh rollout is made), 1, 2, …
+            for the further micro-batches of the same rollout.
+        steps: Number of training steps on these prompts.
+        last: Whether no further prompts follow in this epoch.
+    """
+
+    prompts: tuple[Prompt, ...]
+    step: int = 0
+    steps: int = 1
+    last: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """Responses to prompts, one row each.
+
+    Args:
+        prompts: The prompt of every row.
+        response_ids: Token ids, right-padded.
+        response_mask: True at the policy's actions (see the module's docstring).
+        truncated: True where the length limit, not an end token, ended the response.
+    """
+
+    prompts: tuple[Prompt, ...]
+    response_ids: Int[Tensor, "batch time"]
+    response_mask: Bool[Tensor, "batch time"]
+    truncated: Bool[Tensor, " batch"]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Number of response tokens in every row."""
+        return self.response_mask.sum(dim=1)
+
+    @property
+    def actions(self) -> Int[Tensor, " tokens"]:
+        """The response tokens, flattened row by row."""
+        return self.response_ids[self.response_mask]
+
+    def rows(self, start: int, stop: int) -> Rollout:
+        """Rows ``start`` to ``stop``, with the padding that they no longer need cut off."""
+        mask = self.response_mask[start:stop]
+        width = max(int(mask.sum(dim=1).max()), 1) if len(mask) else 1
+        return Rollout(
+            prompts=self.prompts[start:stop],
+            response_ids=self.response_ids[start:stop, :width],
+            response_mask=mask[:, :width],
+            truncated=self.truncated[start:stop],
+        )
+
+    def without_truncated(self) -> Rollout:
+        """The same rows with every truncated response masked out whole."""
+        return replace(self, response_mask=self.response_mask & ~self.truncated[:, None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSequences:
+    """Packed model inputs for scoring responses in a context.
+
+    Args:
+        input_ids: Context and response, padded.
+        attention_mask: True at real tokens.
+        position_ids: 0, 1, 2, … from each row's first real token, whatever the padding side.
+        predictors: Flat indices into (batch · seq) of the positions whose output distribution
+            is that of a response token: the position *before* it. This is the shift by one.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Bool[Tensor, "batch seq"]
+    position_ids: Int[Tensor, "batch seq"]
+    predictors: Int[Tensor, " tokens"]
+
+
+def length_mask(lengths: Sequence[int], width: int) -> Bool[Tensor, "batch time"]:
+    """True at the first ``lengths[i]`` positions of row i."""
+    return torch.arange(width)[None, :] < torch.tensor(lengths, dtype=torch.long)[:, None]
+
+
+def make_rollout(
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[int]],
+    truncated: Sequence[bool],
+    pad_id: int = 0,
+) -> Rollout:
+    """Pads responses, given as lists of token ids, into a :class:`Rollout`."""
+    lengths = [len(r) for r in responses]
+    width = max([1, *lengths])
+    ids = torch.full((len(responses), width), pad_id, dtype=torch.long)
+    for row, response in enumerate(responses):
+        ids[row, : len(response)] = torch.tensor(list(response), dtype=torch.long)
+    return Rollout(
+        prompts=tuple(prompts),
+        response_ids=ids,
+        response_mask=length_mask(lengths, width),
+        truncated=torch.tensor(list(truncated), dtype=torch.bool),
+    )
+
+
+def concatenate(rollouts: Sequence[Rollout], pad_id: int = 0) -> Rollout:
+    """Stacks the rows of several rollouts."""
+    return make_rollout(
+        [p for r in rollouts for p in r.prompts],
+        [
+            row[mask].tolist()
+            for r in rollouts
+            for row, mask in zip(r.response_ids, r.response_mask, strict=True)
+        ],
+        [bool(t) for r in rollouts for t in r.truncated],
+        pad_id,
+    )
+
+
+def pack(
+    contexts: Sequence[Sequence[int]],
+    rollout: Rollout,
+    pad_id: int,
+    side: Literal["left", "right"] = "right",
+    extra: int = 0,
+) -> TokenSequences:
+    """Joins each row's context and response into model inputs.
+
+    Args:
+        contexts: Token ids of the context of each row, at least one token long.
+        rollout: The responses.
+        pad_id: Id written at padded places; it is never attended to nor scored.
+        side: Where the padding goes. Right padding needs no attention mask in a causal model.
+        extra: Further columns of padding (tests: padding changes nothing).
+
+    Raises:
+        ValueError: If a context is empty: its first response token would have no predictor.
+    """
+    ids, mask = rollout.response_ids.cpu(), rollout.response_mask.cpu()
+    if any(len(c) == 0 for c in contexts):
+        raise ValueError("pack: a context has no tokens; add a BOS token or a chat template")
+    # A masked-out row keeps its context only; no position of it is scored.
+    rows = [
+        torch.cat([torch.as_tensor(list(c), dtype=torch.long), r[m]])
+        for c, r, m in zip(contexts, ids, mask, strict=True)
+    ]
+    seq = max(len(row) for row in rows) + extra
+    input_ids = torch.full((len(rows), seq), pad_id, dtype=torch.long)
+    attention = torch.zeros((len(rows), seq), dtype=torch.bool)
+    predictors = []
+    for i, (row, context) in enumerate(zip(rows, contexts, strict=True)):
+        start = seq - len(row) if side == "left" else 0
+        input_ids[i, start : start + len(row)] = row
+        attention[i, start : start + len(row)] = True
+        first = i * seq + start + len(context) - 1
+        predictors.append(torch.arange(first, first + len(row) - len(context)))
+    device = rollout.response_ids.device
+    return TokenSequences(
+        input_ids=input_ids.to(device),
+        attention_mask=attention.to(device),
+        position_ids=(attention.long().cumsum(dim=1) - 1).clamp(min=0).to(device),
+        predictors=torch.cat(predictors).to(device),
+    )
