@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Role = Literal["system", "user", "assistant"]
@@ -128,6 +128,38 @@ class TokenSequences:
     attention_mask: Bool[Tensor, "batch seq"]
     position_ids: Int[Tensor, "batch seq"]
     predictors: Int[Tensor, " tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenCredits:
+    """What is known of each response token before the policy is updated.
+
+    Args:
+        actions: The response tokens.
+        reference: log π_ref of the actions, in nats.
+        credit: log π̂* − log π_ref of the actions, that is A*/β (4), after transforms.
+        weight: Weight of the token in the loss, 1 without transforms.
+        behaviour: log π_θ of the actions at the rollout's weights by our own scoring; None where
+            no loss needs it.
+    """
+
+    actions: Int[Tensor, " tokens"]
+    reference: Float[Tensor, " tokens"]
+    credit: Float[Tensor, " tokens"]
+    weight: Float[Tensor, " tokens"]
+    behaviour: Float[Tensor, " tokens"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def __getitem__(self, index: Int[Tensor, " chunk"] | slice) -> TokenCredits:
+        return TokenCredits(
+            actions=self.actions[index],
+            reference=self.reference[index],
+            credit=self.credit[index],
+            weight=self.weight[index],
+            behaviour=None if self.behaviour is None else self.behaviour[index],
+        )
 
 
 def length_mask(lengths: Sequence[int], width: int) -> Bool[Tensor, "batch time"]:

@@ -1,0 +1,101 @@
+"""Credit transforms: small composable steps between the estimator and the loss (method §4).
+
+Off unless named. Each maps the credits of a whole rollout (flat over its tokens) to new ones.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from iqstar.errors import InputError
+from iqstar.mdp import TokenCredits
+
+
+class CreditTransform(ABC):
+    """Maps token credits to token credits."""
+
+    keeps_distribution: ClassVar[bool] = True
+    """False if it changes credit at the sampled token only, so that no distribution is left for
+    DistributionImitationLoss."""
+
+    @abstractmethod
+    def apply(self, tokens: TokenCredits, positions: Int[Tensor, " tokens"]) -> TokenCredits:
+        """The transformed credits.
+
+        Args:
+            tokens: Credits of all response tokens of this rank's rollout.
+            positions: Position of each token in its response, from 0.
+        """
+
+
+class Whiten(CreditTransform):
+    """Credit with mean 0 and standard deviation 1 over all response tokens of all ranks.
+
+    Moves the fixed point away from π̂*: a heuristic, for comparison with peers.
+
+    Args:
+        shift: Whether the mean is subtracted; False only divides by the deviation.
+    """
+
+    keeps_distribution = False
+
+    def __init__(self, shift: bool = True) -> None:
+        self.shift = shift
+
+    def apply(self, tokens: TokenCredits, positions: Int[Tensor, " tokens"]) -> TokenCredits:
+        """See :meth:`CreditTransform.apply`."""
+        credit = tokens.credit.double()
+        sums = torch.stack([credit.new_tensor(float(len(credit))), credit.sum(), (credit**2).sum()])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        count, total, square = sums
+        mean = total / count.clamp(min=1)
+        deviation = (square / count.clamp(min=1) - mean**2).clamp(min=1e-12).sqrt()
+        white = (credit - mean if self.shift else credit) / deviation
+        return replace(tokens, credit=white.to(tokens.credit.dtype))
+
+
+class TopTokens(CreditTransform):
+    """Keeps the tokens of largest absolute credit, the others weigh 0 (a token mask).
+
+    Args:
+        fraction: Share of this rank's rollout tokens to keep, in (0, 1].
+    """
+
+    def __init__(self, fraction: float = 0.3) -> None:
+        if not 0 < fraction <= 1:
+            raise InputError(f"model.transforms: fraction must be in (0, 1], got {fraction}")
+        self.fraction = fraction
+
+    def apply(self, tokens: TokenCredits, positions: Int[Tensor, " tokens"]) -> TokenCredits:
+        """See :meth:`CreditTransform.apply`."""
+        if len(tokens) == 0:
+            return tokens
+        kept = max(1, round(self.fraction * len(tokens)))
+        weight = torch.zeros_like(tokens.weight)
+        weight[tokens.credit.abs().topk(kept).indices] = 1.0
+        return replace(tokens, weight=tokens.weight * weight)
+
+
+class PrefixWeight(CreditTransform):
+    """Weighs a token by 2^(−position / half_life): early tokens decide a reply's course.
+
+    Args:
+        half_life: Tokens after which the weight has halved.
+    """
+
+    def __init__(self, half_life: float = 32.0) -> None:
+        if half_life <= 0:
+            raise InputError(f"model.transforms: half_life must be positive, got {half_life}")
+        self.half_life = half_life
+
+    def apply(self, tokens: TokenCredits, positions: Int[Tensor, " tokens"]) -> TokenCredits:
+        """See :meth:`CreditTransform.apply`."""
+        decay = torch.exp2(-positions.to(tokens.weight.dtype) / self.half_life)
+        return replace(tokens, weight=tokens.weight * decay)

@@ -1,0 +1,111 @@
+"""Next-token distributions at every response token, served chunk by chunk.
+
+An estimator of the optimal policy is an expression over these: π_ref, π_ref told a principle, and
+log-linear combinations of them. What is stored is hidden states; logits exist for a chunk at a
+time only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from iqstar.head import LanguageHead, chunks
+from iqstar.logprobs import token_logprobs
+
+
+class TokenDistributions(ABC):
+    """Normalised log-probabilities over the vocabulary at ``len(self)`` response tokens."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of tokens."""
+
+    @abstractmethod
+    def logprobs(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
+        """Normalised log-probabilities at the tokens of ``index``, without gradient."""
+
+    def at(self, actions: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+        """Log-probability of one action at every token."""
+        parts = [
+            self.logprobs(index).gather(-1, actions[index][:, None])[:, 0]
+            for index in chunks(len(actions), actions.device)
+        ]
+        return torch.cat(parts)
+
+    def window(self, start: int, stop: int) -> TokenDistributions:
+        """The distributions of tokens ``start`` to ``stop``."""
+        return Reindexed(self, torch.arange(start, stop))
+
+
+class HeadDistributions(TokenDistributions):
+    """Those of one model: its hidden states at the tokens, and its head.
+
+    Args:
+        hidden: Hidden states that predict the response tokens.
+        head: A *prepared* head, shared by all that stem from one model.
+    """
+
+    def __init__(self, hidden: Float[Tensor, "tokens dim"], head: LanguageHead) -> None:
+        self.hidden = hidden
+        self.head = head
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    @torch.no_grad()
+    def logprobs(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
+        """See :meth:`TokenDistributions.logprobs`."""
+        return self.head.logits(self.hidden[index]).log_softmax(dim=-1)
+
+    @torch.no_grad()
+    def at(self, actions: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+        """See :meth:`TokenDistributions.at`; the losses' own arithmetic, bit for bit."""
+        parts = [
+            token_logprobs(self.head.logits(self.hidden[index]), actions[index])
+            for index in chunks(len(actions), actions.device)
+        ]
+        return torch.cat(parts)
+
+
+class Reindexed(TokenDistributions):
+    """Another's distributions in another order: token i gets those of token ``order[i]``."""
+
+    def __init__(self, base: TokenDistributions, order: Int[Tensor, " tokens"]) -> None:
+        self.base = base
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def logprobs(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
+        """See :meth:`TokenDistributions.logprobs`."""
+        return self.base.logprobs(self.order.to(index.device)[index])
+
+
+class LogLinear(TokenDistributions):
+    """Normalised product of powers: log π(a|s) = Σ_k w_k log π_k(a|s) − log Z(s).
+
+    The normaliser is always subtracted, also when only sampled tokens are asked for (method §3).
+
+    Args:
+        terms: The weights w_k and the distributions π_k.
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, TokenDistributions]]) -> None:
+        self.terms = tuple(terms)
+
+    def __len__(self) -> int:
+        return len(self.terms[0][1])
+
+    def logprobs(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
+        """See :meth:`TokenDistributions.logprobs`."""
+        weight, first = self.terms[0]
+        total = first.logprobs(index) * weight
+        for weight, term in self.terms[1:]:
+            total.add_(term.logprobs(index), alpha=weight)
+        return total.log_softmax(dim=-1)

@@ -1,0 +1,156 @@
+"""The LM head, chunk by chunk: distributions of frozen models, and losses with their gradient.
+
+Hidden states at response tokens are small (tokens × dim), their logits are not (tokens × vocab):
+only ``CHUNK`` rows of logits exist at any time. Since every token's loss has its gradient as soon
+as its logits are known, :func:`head_loss` takes it in the forward pass, so nothing is recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CHUNK = 128
+"""Rows of logits that exist at once."""
+
+TokenLossFn = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(logits of a chunk, its token indices) → (loss per token, detached metrics per token)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageHead:
+    """The map from hidden states to logits, at one temperature.
+
+    Args:
+        weight: The output embedding, ``(rows, dim)``.
+        bias: Its bias, where the architecture has one.
+        vocab_size: Rows that stand for a token; padded rows beyond are left out of every softmax.
+        scale: Factor on the logits (Cohere's, Granite's).
+        softcap: Bound of tanh soft-capping (Gemma's); 0 for none.
+        temperature: Divisor of the logits; the same for policy, reference and estimator.
+    """
+
+    weight: Float[Tensor, "rows dim"]
+    vocab_size: int
+    bias: Float[Tensor, " rows"] | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    temperature: float = 1.0
+
+    def prepared(self) -> LanguageHead:
+        """The head with its weight detached, cut to the vocabulary, in the compute precision.
+
+        Under autocast that is autocast's dtype: the numeric path of the model's own head.
+        """
+        dtype = self.weight.dtype
+        if torch.is_autocast_enabled(self.weight.device.type):
+            dtype = torch.get_autocast_dtype(self.weight.device.type)
+        bias = None if self.bias is None else self.bias.detach()[: self.vocab_size].to(dtype)
+        return replace(self, weight=self.weight.detach()[: self.vocab_size].to(dtype), bias=bias)
+
+    def logits(self, hidden: Float[Tensor, "chunk dim"]) -> Float[Tensor, "chunk vocab"]:
+        """Logits in float32 (float64 for a float64 model) of a prepared head."""
+        product = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = product.to(torch.promote_types(product.dtype, torch.float32)) * self.scale
+        if self.softcap:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits / self.temperature
+
+    def slope(self, logits: Float[Tensor, "chunk vocab"]) -> Tensor | float:
+        """d(logits)/d(matrix product), from the logits: the chain rule through :meth:`logits`."""
+        slope: Tensor | float = self.scale / self.temperature
+        if self.softcap:
+            slope = slope * (1 - (logits * self.temperature / self.softcap) ** 2)
+        return slope
+
+
+def chunks(tokens: int, device: torch.device, size: int = CHUNK) -> tuple[Tensor, ...]:
+    """Indices of the tokens, ``size`` at a time.
+
+    The one way to cut them, so that a policy and a frozen model of equal weights meet the same
+    matrix shapes and agree bit for bit.
+    """
+    return torch.arange(tokens, device=device).split(size)
+
+
+def head_loss(
+    hidden: Float[Tensor, "tokens dim"],
+    head: LanguageHead,
+    token_loss: TokenLossFn,
+    chunk: int = CHUNK,
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """Sum over tokens of a loss on the logits, without ever holding all the logits.
+
+    Naive equivalent: ``losses, metrics = token_loss(head.logits(hidden), arange(tokens))``, then
+    the sums.
+
+    Args:
+        hidden: Hidden states at the response tokens.
+        head: The policy's head; its weight gets a gradient if it requires one.
+        token_loss: Per-token loss of a chunk of logits, differentiable in them.
+        chunk: Rows of logits that exist at once; changes no number beyond rounding.
+
+    Returns:
+        The sum of the losses, differentiable in ``hidden`` and the head's weight, and the sum of
+        each metric.
+    """
+    metrics: dict[str, Tensor] = {}
+    grad = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
+    total: Tensor = _HeadLoss.apply(
+        hidden, head.weight, head.bias, head, token_loss, chunk, grad, metrics
+    )
+    return total, metrics
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: LanguageHead,
+        token_loss: TokenLossFn,
+        chunk: int,
+        grad: bool,
+        metrics: dict[str, Tensor],
+    ) -> Tensor:
+        prepared = head.prepared()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        need_hidden, need_weight, need_bias = (grad and need for need in ctx.needs_input_grad[:3])
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
+        for index in chunks(len(hidden), hidden.device, chunk):
+            rows = hidden.detach()[index].to(prepared.weight.dtype)
+            logits = prepared.logits(rows).requires_grad_(grad)
+            with torch.set_grad_enabled(grad):
+                losses, parts = token_loss(logits, index)
+                chunk_sum = losses.sum()
+            total += chunk_sum.detach()
+            for name, value in parts.items():
+                metrics[name] = metrics.get(name, 0) + value.detach().sum()
+            if not grad:
+                continue
+            (slope,) = torch.autograd.grad(chunk_sum, logits)
+            slope = slope.mul_(prepared.slope(logits.detach()))
+            if grad_bias is not None:
+                grad_bias[: head.vocab_size] += slope.sum(dim=0)
+            slope = slope.to(prepared.weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden[index] = (slope @ prepared.weight).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight[: head.vocab_size] += slope.T @ rows
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grads = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return *grads, None, None, None, None, None
