@@ -1,0 +1,95 @@
+"""Prompts of one's own, from JSON lines (or parquet)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, get_args
+
+from iqstar.data.base import PromptDataModule
+from iqstar.data.turns import RowError, has_same_role, make_prompt
+from iqstar.mdp import Message, Prompt, Role
+
+
+def parse_row(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a row of ``prompt``, ``prompt`` + ``response``, or ``messages``.
+
+    A final assistant message in ``messages`` is the response.
+
+    Raises:
+        RowError: If a value has another type, a role is unknown, or the prompt is empty.
+    """
+    messages, response = parse_messages(row), row.get("response")
+    if response is not None and not isinstance(response, str):
+        raise RowError(f"response must be text, found {type(response).__name__}")
+    if messages and messages[-1].role == "assistant":
+        *messages, last = messages
+        response = response or last.content
+    return make_prompt(messages, (response or "").strip())
+
+
+def parse_messages(row: Mapping[str, Any]) -> list[Message]:
+    """The turns as written, whichever layout the row has."""
+    if row.get("messages") is None:
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            raise RowError(f"prompt must be text, found {type(prompt).__name__}")
+        return [Message(role="user", content=prompt.strip())]
+    turns = row["messages"]
+    if not isinstance(turns, Sequence) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise RowError("messages must be a list of {role, content}")
+    messages = []
+    for turn in turns:
+        role, content = turn.get("role"), turn.get("content")
+        if role not in get_args(Role):
+            raise RowError(f"unknown role {role!r}; use {', '.join(get_args(Role))}")
+        if not isinstance(content, str):
+            raise RowError(f"the content of a {role} message must be text")
+        messages.append(Message(role=role, content=content.strip()))
+    return messages
+
+
+def audit_prompts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts over rows of prompts; a row is ``usable`` if a prompt can be made of it.
+
+    ``duplicates`` are rows whose prompt and response stood in an earlier row.
+    """
+    usable, malformed = [], 0
+    multi_turn = same_role = 0
+    for row in rows:
+        try:
+            turns = parse_messages(row)
+            multi_turn += sum(m.role == "user" for m in turns) > 1
+            same_role += has_same_role(turns)
+            usable.append(parse_row(row))
+        except ValueError:
+            malformed += 1
+    return {
+        "rows": len(rows),
+        "usable": len(usable),
+        "prompts": len({p.messages for p in usable}),
+        "multi_turn": multi_turn,
+        "same_role": same_role,
+        "duplicates": len(usable) - len({(p.messages, p.response) for p in usable}),
+        "details": {
+            "unusable": malformed,
+            "with_response": sum(p.response is not None for p in usable),
+        },
+    }
+
+
+class JSONL(PromptDataModule):
+    """Your own prompts: rows of prompt, of prompt and response, or of messages.
+
+    messages is a list of {role, content} with the roles system, user and assistant; a final
+    assistant message is the response, which only data-set replay uses.
+    """
+
+    layouts: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt",), ("messages",))
+
+    def parse(self, row: Mapping[str, Any]) -> Prompt:
+        """See :func:`parse_row`."""
+        return parse_row(row)
+
+    def summarize(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """See :func:`audit_prompts`."""
+        return audit_prompts(rows)

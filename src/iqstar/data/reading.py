@@ -1,0 +1,162 @@
+"""Rows from local files and the hub, through the ``datasets`` library, each with its address."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iqstar.errors import InputError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of a data set and where it stands.
+
+    Args:
+        values: Column name → value.
+        source: The file, or the hub data set's id.
+        index: Number of the row in its source, from 0.
+    """
+
+    values: Mapping[str, Any]
+    source: str
+    index: int
+
+    @property
+    def place(self) -> str:
+        """``file:line`` for lines of JSON, ``source, row n`` otherwise (both from 1)."""
+        if self.source.endswith((".jsonl", ".jsonl.gz")):
+            return f"{self.source}:{_line_of_row(Path(self.source), self.index)}"
+        return f"{self.source}, row {self.index + 1}"
+
+
+def find_files(path: str | Sequence[str]) -> list[Path]:
+    """The data files that ``data.path`` names; folders are searched recursively, in name order.
+
+    Raises:
+        InputError: If a path does not exist, has an unknown ending, or is a folder without data.
+    """
+    known = ", ".join(SUFFIXES)
+    files: list[Path] = []
+    for entry in [path] if isinstance(path, str) else path:
+        place = Path(entry).expanduser()
+        if place.is_dir():
+            found = sorted(p for p in place.rglob("*") if p.is_file() and _is_data(p))
+            if not found:
+                raise InputError(f"data.path: no data file in the folder {entry}; expected {known}")
+            files += found
+        elif not place.exists():
+            raise InputError(
+                f"data.path: no such file or folder: {entry}; "
+                "give an existing one, or leave data.path out to read from the hub"
+            )
+        elif not _is_data(place):
+            raise InputError(f"data.path: cannot read {entry}; expected a file ending in {known}")
+        else:
+            files.append(place)
+    if not files:
+        raise InputError(f"data.path: the list is empty; name a file ending in {known}")
+    return files
+
+
+def read_file(file: Path) -> Iterator[Row]:
+    """The rows of one local file, streamed: no copy is left in the library's cache.
+
+    Raises:
+        InputError: If the file is empty or malformed; for lines of JSON it names the line.
+    """
+    from datasets import load_dataset  # slow to import
+
+    kind = "parquet" if file.suffix == ".parquet" else "json"
+    index = -1
+    try:
+        with _quiet():
+            rows = load_dataset(kind, data_files=[str(file)], split="train", streaming=True)
+            for index, values in enumerate(rows):
+                yield Row(values=values, source=str(file), index=index)
+    except StopIteration:
+        pass  # what the library raises for a file without rows
+    except InputError:
+        raise
+    except (OSError, EOFError, ValueError, TypeError) as error:  # ArrowInvalid is a ValueError
+        raise _explain(file, error) from error
+    if index < 0:
+        raise _explain(file, ValueError("there are no rows"))
+
+
+def read_hub(name: str, options: Mapping[str, Any]) -> Iterator[Row]:
+    """The rows of a data set on the hub, downloaded and cached by ``datasets``.
+
+    Raises:
+        InputError: If it cannot be had.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, **options)
+    except (OSError, ValueError) as error:  # no network, no such data set, folder or split
+        raise InputError(
+            f"cannot load {name} from the hub ({type(error).__name__}: {error}); "
+            "set data.path to a local copy of it"
+        ) from error
+    for index, values in enumerate(rows):
+        yield Row(values=values, source=name, index=index)
+
+
+def _is_data(file: Path) -> bool:
+    return file.name.endswith(SUFFIXES) and not file.name.startswith(".")
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers from 1."""
+    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as handle:
+        for number, line in enumerate(handle, start=1):
+            if line.strip():
+                yield number, line
+
+
+def _line_of_row(file: Path, index: int) -> int:
+    for count, (number, _) in enumerate(_lines(file)):
+        if count == index:
+            return number
+    return index + 1
+
+
+def _explain(file: Path, error: Exception) -> InputError:
+    """Finds the line that ``error``, met while reading ``file``, is about."""
+    if file.name.endswith((".jsonl", ".jsonl.gz")):
+        number = 0
+        try:
+            for number, line in _lines(file):
+                if not isinstance(json.loads(line.strip()), dict):
+                    return InputError(f"{file}:{number}: not a JSON object; one object a line")
+        except json.JSONDecodeError as bad:
+            what = f"{bad.msg}, column {bad.colno}"
+            return InputError(f"{file}:{number}: malformed JSON: {what}; repair or remove the line")
+        except UnicodeDecodeError as bad:
+            return InputError(f"{file}:{number}: not UTF-8 text: {bad}; convert the file")
+        except (OSError, EOFError) as bad:
+            return InputError(f"{file}:{number + 1}: damaged file: {bad}; fetch it again")
+        if number == 0:
+            return InputError(f"{file}:1: the file has no rows; check data.path")
+    return InputError(f"{file}: cannot be read: {error}; check the file that data.path names")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the library's own report of a bad file off the terminal: ours names the line."""
+    from datasets.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
