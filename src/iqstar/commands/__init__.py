@@ -1,0 +1,1 @@
+"""Sub-commands of ``iqstar`` that are not Lightning's: one small module each."""

@@ -1,0 +1,113 @@
+"""``iqstar audit``: what a data set holds, and what the filters leave of it, before any training.
+
+Example:
+    ``iqstar audit --data HHRLHF --data.path harmless-base.jsonl.gz --data.first_turn_only true``
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from iqstar.data import HHRLHF, JSONL, BeaverTails, PromptDataModule, Sample
+from iqstar.errors import InputError
+
+MEANINGS = {
+    "rows": "rows read",
+    "usable": "usable rows (HH-RLHF: pairs with one prompt and two replies)",
+    "prompts": "distinct prompts",
+    "multi_turn": "rows with more than one human turn",
+    "differing_prompts": "pairs whose two prompts differ",
+    "empty_chosen": "pairs with an empty chosen reply",
+    "same_role": "rows with two consecutive turns of one role",
+    "duplicates": "rows that repeat an earlier one",
+    "safe": "responses labelled safe",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Audits the data set that the arguments describe and prints the report.
+
+    Args:
+        argv: The arguments after ``iqstar audit``.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        InputError: If the arguments are wrong or the data cannot be read.
+    """
+    parser = _parser()
+    try:
+        config = parser.parse_args(argv)
+        if config.data is None:
+            raise InputError(f"--data is missing; give one of {', '.join(_names())}")
+        data = parser.instantiate(config).data
+    except ArgumentError as error:
+        raise _explain(str(error), argv) from error
+    report = data.audit()
+    if config.json:
+        sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n")
+    else:
+        print_report(report, type(data).__name__)
+    return 0
+
+
+def print_report(report: Mapping[str, Any], title: str) -> None:
+    """Prints an audit for people."""
+    table = Table("count", "what", title=f"{title}: audit", title_justify="left")
+    table.columns[0].justify = "right"
+    for key, value in report.items():
+        if key != "details":
+            table.add_row(f"{value:,}", MEANINGS.get(key, key))
+    console = Console()
+    console.print(table)
+    for key, value in report["details"].items():
+        if isinstance(value, Mapping):
+            value = " · ".join(f"{name} {number:,}" for name, number in value.items()) or "none"
+        console.print(f"[bold]{key.replace('_', ' ')}[/bold]: {value}", highlight=False)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="iqstar audit",
+        exit_on_error=False,
+        description="Reports what a data set holds and what the filters leave of it.",
+    )
+    parser.add_subclass_arguments(PromptDataModule, "data", required=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _names() -> list[str]:
+    return [cls.__name__ for cls in (HHRLHF, BeaverTails, JSONL, Sample)]
+
+
+def _explain(message: str, argv: list[str]) -> InputError:
+    """Shortens jsonargparse's message to what is wrong and the nearest right thing."""
+    options = list(inspect.signature(PromptDataModule).parameters)
+    for argument in argv:
+        key = re.fullmatch(r"--data\.(?:init_args\.)?([\w.]+)\+?(=.*)?", argument)
+        if key and key[1] not in [*options, "help", "class_path"]:
+            near = difflib.get_close_matches(key[1], options, n=1)
+            hint = f"did you mean data.{near[0]}?" if near else f"known: {', '.join(options)}"
+            return InputError(f"unknown key data.{key[1]}; {hint}")
+    given = [b for a, b in pairwise(argv) if a == "--data"]
+    given += [a.removeprefix("--data=") for a in argv if a.startswith("--data=")]
+    if given and given[-1].rpartition(".")[2] not in _names():
+        near = difflib.get_close_matches(given[-1].rpartition(".")[2], _names(), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(_names())}"
+        return InputError(f"--data: unknown data class {given[-1]}; {hint}")
+    if inner := re.findall(r'Parser key "(?!data")([\w.]+)":\s*([^\n]+)', message):
+        message = f"data.{inner[-1][0]}: {inner[-1][1]}"
+    return InputError(f"{' '.join(message.split())}; see iqstar audit --help")
