@@ -107,6 +107,15 @@ class Rollout:
             truncated=self.truncated[start:stop],
         )
 
+    def to(self, device: torch.device) -> Rollout:
+        """The same rollout with its tensors on a device."""
+        return replace(
+            self,
+            response_ids=self.response_ids.to(device),
+            response_mask=self.response_mask.to(device),
+            truncated=self.truncated.to(device),
+        )
+
     def without_truncated(self) -> Rollout:
         """The same rows with every truncated response masked out whole."""
         return replace(self, response_mask=self.response_mask & ~self.truncated[:, None])
@@ -189,7 +198,7 @@ def make_rollout(
 
 def concatenate(rollouts: Sequence[Rollout], pad_id: int = 0) -> Rollout:
     """Stacks the rows of several rollouts."""
-    return make_rollout(
+    stacked = make_rollout(
         [p for r in rollouts for p in r.prompts],
         [
             row[mask].tolist()
@@ -199,6 +208,7 @@ def concatenate(rollouts: Sequence[Rollout], pad_id: int = 0) -> Rollout:
         [bool(t) for r in rollouts for t in r.truncated],
         pad_id,
     )
+    return stacked.to(rollouts[0].response_ids.device)
 
 
 def pack(

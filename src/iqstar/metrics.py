@@ -87,6 +87,11 @@ class TokenMeans(Metric):
             for name in self._names
         }
 
+    def count(self, name: str) -> Float[Tensor, ""]:
+        """This rank's count of a quantity since the last reset."""
+        count: Tensor = getattr(self, _state("count", name))
+        return count
+
     def _add(self, names: Sequence[str]) -> None:
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
         for name in names:

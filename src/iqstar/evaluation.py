@@ -1,0 +1,118 @@
+"""The fixed evaluation: held-out prompts, no principle in context, T = 1, nothing truncated.
+
+The same seeds before and after training, so that the two differ by the policy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iqstar.distributions import HeadDistributions
+from iqstar.head import chunks
+from iqstar.judges import Judge
+from iqstar.logprobs import entropy, kl_divergence
+from iqstar.mdp import Prompt, Rollout
+from iqstar.policy import CausalLM, Policy
+from iqstar.rollouts import GenerateRollout
+from iqstar.scoring import pack_prompts
+
+SCORED_ROWS = 32
+"""Rows scored in one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One response of an evaluation.
+
+    Args:
+        prompt: The last user turn.
+        response: The response's text.
+        score: The judge's; NaN without one, or where it could not score.
+        tokens: Length of the response.
+        truncated: Whether the length limit ended it.
+    """
+
+    prompt: str
+    response: str
+    score: float
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One evaluation of the policy.
+
+    Args:
+        step: Optimiser steps done.
+        metrics: Global means by name.
+        samples: The responses, in the order of the held-out prompts.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    samples: tuple[Sample, ...]
+
+
+def sample_and_score(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    judge: Judge | None,
+    *,
+    max_new_tokens: int,
+    samples: int,
+    seed: int,
+) -> tuple[list[Sample], dict[str, tuple[Tensor, Tensor]]]:
+    """Samples responses of the policy and measures them.
+
+    Returns:
+        The responses, and (sum, count) of the exact KL to the reference and the entropy, over
+        response tokens, in nats at T = 1.
+    """
+    engine = GenerateRollout(max_new_tokens=max_new_tokens, responses_per_prompt=samples)
+    rollout = engine.sample(policy.actor, prompts, 1.0, seed)
+    texts = [
+        policy.actor.chat.decode(row[mask].tolist())
+        for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
+    ]
+    scores = judge.score(rollout.prompts, texts) if judge else [float("nan")] * len(texts)
+    records = [
+        Sample(
+            prompt=prompt.messages[-1].content,
+            response=text,
+            score=score,
+            tokens=int(length),
+            truncated=bool(cut),
+        )
+        for prompt, text, score, length, cut in zip(
+            rollout.prompts, texts, scores, rollout.lengths, rollout.truncated, strict=True
+        )
+    ]
+    return records, divergence_sums(policy, rollout)
+
+
+@torch.no_grad()
+def divergence_sums(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
+    """(sum, count) over response tokens of KL(π_θ‖π_ref), exact, and of the policy's entropy."""
+    device = rollout.response_ids.device
+    kl = torch.zeros((), dtype=torch.float64, device=device)
+    bits = torch.zeros_like(kl)
+    for start in range(0, len(rollout), SCORED_ROWS):
+        rows = rollout.rows(start, start + SCORED_ROWS)
+        ours = _distributions(policy.actor, rows)
+        with policy.reference() as model:
+            theirs = _distributions(model, rows)
+        for index in chunks(len(ours), device):
+            logp = ours.logprobs(index)
+            kl += kl_divergence(logp, theirs.logprobs(index)).sum()
+            bits += entropy(logp).sum()
+    count = rollout.response_mask.sum()
+    return {"kl": (kl, count), "entropy": (bits, count)}
+
+
+def _distributions(model: CausalLM, rollout: Rollout) -> HeadDistributions:
+    return HeadDistributions(model.hidden(pack_prompts(model, rollout)), model.head().prepared())

@@ -1,0 +1,531 @@
+"""Inverse-Q* as a LightningModule: roll out, score, estimate, credit, loss, log.
+
+Orchestration only; the mathematics is in ``estimators``, ``losses`` and ``logprobs``. Read
+:meth:`InverseQStar.collect` and :meth:`InverseQStar.training_step` for the method.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from iqstar.chat import ChatFormat
+from iqstar.credit import CreditTransform
+from iqstar.distributions import TokenDistributions
+from iqstar.errors import InputError, NonFiniteLossError
+from iqstar.estimators import OptimalPolicyEstimator
+from iqstar.evaluation import Evaluation, Sample, sample_and_score
+from iqstar.head import head_loss
+from iqstar.judges import Judge
+from iqstar.logprobs import entropy, sampled_kl, token_logprobs
+from iqstar.losses import DistributionImitationLoss, TokenLoss
+from iqstar.mdp import Prompt, PromptBatch, Rollout, TokenCredits, TokenSequences
+from iqstar.metrics import TokenMeans, distinct_n
+from iqstar.optim import (
+    OptimizerFactory,
+    Schedule,
+    WarmupCosine,
+    default_optimizer,
+    parameter_groups,
+)
+from iqstar.policy import Policy, PolicySpec, load_policy
+from iqstar.rollouts import GenerateRollout, RolloutEngine, rollout_seed
+from iqstar.scoring import RolloutScorer, token_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Rows that are trained on together, with all that is known of them before the update.
+
+    Args:
+        rollout: The rows.
+        sequences: The policy's inputs.
+        tokens: Credit of every response token.
+        target: log π̂* at every response token.
+    """
+
+    rollout: Rollout
+    sequences: TokenSequences
+    tokens: TokenCredits
+    target: TokenDistributions
+
+
+class InverseQStar(LightningModule):
+    """Aligns a causal language model by imitating token credit A* = β log(π̂*/π_ref).
+
+    Args:
+        policy: Which model is trained, and how it is loaded.
+        estimator: Estimates the optimal policy π̂*.
+        loss: What makes the policy imitate it; null for DistributionImitationLoss with reverse KL.
+        rollout: Where responses come from; null for GenerateRollout.
+        transforms: Credit transforms between estimator and loss, applied in order.
+        optimizer: The optimiser, as class path and arguments; AdamW with lr 2e-5 by default.
+        schedule: Of the learning rate; null for warm-up and cosine.
+        judge: Scores held-out responses; it measures, it never trains.
+        beta: Unit of credit, in reward per nat. It moves no fixed point and no gradient; the
+            strength of the alignment is the estimator's.
+        temperature: Of sampling and of all scoring in training. Evaluation is at 1.
+        micro_batch_size: Responses per training step on each device; null takes the whole rollout
+            of a batch of prompts at once. An optimiser step takes
+            ``trainer.accumulate_grad_batches`` of them from every device.
+        epochs_per_rollout: Passes over each rollout before the next one.
+        mask_truncated: Leave responses that hit the length limit out of the loss.
+        eval_samples: Responses to each held-out prompt in validation.
+        seed: Of the rollouts; each rank and each rollout draws its own from it.
+    """
+
+    def __init__(
+        self,
+        policy: PolicySpec,
+        estimator: OptimalPolicyEstimator,
+        loss: TokenLoss | None = None,
+        rollout: RolloutEngine | None = None,
+        transforms: list[CreditTransform] | None = None,
+        optimizer: OptimizerFactory = default_optimizer,
+        schedule: Schedule | None = None,
+        judge: Judge | None = None,
+        beta: float = 1.0,
+        temperature: float = 1.0,
+        micro_batch_size: int | None = None,
+        epochs_per_rollout: int = 1,
+        mask_truncated: bool = False,
+        eval_samples: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in (("beta", beta), ("temperature", temperature)):
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"model.{name}: must be a positive number, got {value}")
+        for name, number in (
+            ("micro_batch_size", 1 if micro_batch_size is None else micro_batch_size),
+            ("epochs_per_rollout", epochs_per_rollout),
+            ("eval_samples", eval_samples),
+        ):
+            if number < 1:
+                raise InputError(f"model.{name}: must be at least 1, got {number}")
+        self.spec = policy
+        self.estimator = estimator
+        self.loss = loss or DistributionImitationLoss()
+        self.rollout = rollout or GenerateRollout()
+        self.transforms = list(transforms or [])
+        self.optimizer = optimizer
+        self.schedule = schedule or WarmupCosine()
+        self.judge = judge
+        self.beta = beta
+        self.temperature = temperature
+        self.micro_batch_size = micro_batch_size
+        self.epochs_per_rollout = epochs_per_rollout
+        self.mask_truncated = mask_truncated
+        self.eval_samples = eval_samples
+        self.seed = seed
+        self._check_combination()
+
+        self.strict_loading = False  # frozen weights are not in checkpoints
+        self.policy: Policy | None = None
+        self.evaluations: list[Evaluation] = []
+        self.progress = Progress()
+        self.train_means = TokenMeans(TRAIN_MEANS)
+        self.val_means = TokenMeans(("kl", "entropy"))
+        self._buffer: list[MicroBatch] = []
+        self._window_weight = torch.zeros(())
+        self._val_samples: list[Sample] = []
+
+    def _check_combination(self) -> None:
+        for transform in self.transforms:
+            if self.loss.needs_distribution and not transform.keeps_distribution:
+                raise InputError(
+                    f"model.transforms: {type(transform).__name__} changes credit at the sampled "
+                    f"token only, which leaves no distribution for {type(self.loss).__name__}; "
+                    "use RewardImitationLoss or TokenPolicyGradientLoss"
+                )
+        if self.loss.needs_behaviour and not self.rollout.on_policy:
+            raise InputError(
+                f"model.loss: {type(self.loss).__name__} needs responses that the policy sampled "
+                f"itself, but model.rollout ({type(self.rollout).__name__}) has others; use "
+                "GenerateRollout with source: policy, or an imitation loss"
+            )
+
+    # -- set-up ------------------------------------------------------------------------------
+
+    @cached_property
+    def chat(self) -> ChatFormat:
+        """The policy's tokenizer and chat format; reads no weights."""
+        return self.spec.chat()
+
+    def count_prompt_tokens(self, prompt: Prompt) -> int:
+        """Tokens of a rendered prompt; the data module asks for it."""
+        return len(self.chat.prompt_ids(prompt.messages))
+
+    def training_steps(self, prompts: int) -> int:
+        """Training steps on the rollout of that many prompts; the data module asks for it."""
+        rows = prompts * self.rollout.responses_per_prompt
+        return math.ceil(rows / (self.micro_batch_size or rows)) * self.epochs_per_rollout
+
+    def configure_model(self) -> None:
+        """Loads the models; called by the trainer on every rank, and again without effect."""
+        if self.policy is not None:
+            return
+        precision = str(self.trainer.precision)
+        self.policy = load_policy(self.spec, self.chat, precision)
+        self.estimator.setup(self.chat, precision)
+        self.actor = self.policy.actor
+        self.frozen = self.policy.frozen
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser over the trained weights, and its schedule."""
+        optimizer = self.optimizer(parameter_groups(self.actor))
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise InputError("trainer.max_steps: the schedule needs the number of steps; set it")
+        scheduler = self.schedule.build(optimizer, int(steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
+        }
+
+    def train(self, mode: bool = True) -> InverseQStar:
+        """Switches the policy; frozen models stay in evaluation mode."""
+        super().train(mode)
+        for frozen in (getattr(self, "frozen", None), self.estimator):
+            if frozen is not None:
+                frozen.train(False)
+        return self
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
+        """Prompts are text; they stay where they are."""
+        return batch
+
+    # -- the method --------------------------------------------------------------------------
+
+    def collect(self, prompts: tuple[Prompt, ...], seed: int) -> list[MicroBatch]:
+        """Rolls out, scores, estimates and assigns credit: all before the first update.
+
+        Args:
+            prompts: What to respond to.
+            seed: Of this rollout.
+        """
+        assert self.policy is not None
+        rollout = self.rollout.roll_out(self.policy, prompts, self.temperature, seed)
+        if self.mask_truncated:
+            rollout = rollout.without_truncated()
+        size = self.micro_batch_size or len(rollout)
+        rows = [rollout.rows(i, i + size) for i in range(0, len(rollout), size)]
+
+        scorer = RolloutScorer(self.policy, rows, self.temperature)
+        reference = scorer.reference()
+        target = self.estimator.estimate(scorer, reference, seed)
+        behaviour = scorer.behaviour() if self.loss.needs_behaviour else None
+
+        # Window by window: the policy's scoring cuts its chunks at the same places.
+        spans, start = [], 0
+        for sequences in scorer.sequences:
+            spans.append((start, start + len(sequences.predictors)))
+            start = spans[-1][1]
+        actions = torch.cat([r.actions for r in rows])
+        log_ref = torch.cat([reference.window(a, b).at(actions[a:b]) for a, b in spans])
+        log_opt = log_ref
+        if target is not reference:
+            log_opt = torch.cat([target.window(a, b).at(actions[a:b]) for a, b in spans])
+        tokens = TokenCredits(
+            actions=actions,
+            reference=log_ref,
+            credit=log_opt - log_ref,  # (4), in nats
+            weight=torch.ones_like(log_ref),
+            behaviour=behaviour,
+        )
+        positions = torch.cat([token_positions(r) for r in rows])
+        for transform in self.transforms:
+            tokens = transform.apply(tokens, positions)
+        return [
+            MicroBatch(
+                rollout=row, sequences=sequences, tokens=tokens[a:b], target=target.window(a, b)
+            )
+            for row, sequences, (a, b) in zip(rows, scorer.sequences, spans, strict=True)
+        ]
+
+    def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Makes a rollout where one is due, and counts the tokens of the accumulation window."""
+        if batch.step == 0:
+            seed = rollout_seed(self.seed, self.progress.rollouts, self.global_rank)
+            with self.trainer.precision_plugin.forward_context():
+                self._buffer = self.collect(batch.prompts, seed)
+            self.progress.rollouts += 1
+            rows = sum(len(m.rollout) for m in self._buffer)
+            self.progress.samples += int(self._global_sum(torch.tensor(float(rows))))
+        if batch.step >= len(self._buffer) * self.epochs_per_rollout:
+            raise InputError(
+                "data: the loader repeats a batch of prompts more often than its rollout has "
+                "micro-batches; use an iqstar.data module, or set model.micro_batch_size to null"
+            )
+        accumulate = self.trainer.accumulate_grad_batches
+        if batch_idx % accumulate == 0:
+            window = range(batch.step, min(batch.step + accumulate, batch.steps))
+            if len(window) < accumulate and not batch.last:
+                raise InputError(
+                    f"trainer.accumulate_grad_batches: an optimiser step takes {accumulate} "
+                    f"micro-batches, but the rollout of {len(batch.prompts)} prompts has "
+                    f"{batch.steps}, which is not a multiple; choose data.batch_size, "
+                    "model.rollout.responses_per_prompt and model.micro_batch_size so that it is"
+                )
+            weight = sum(
+                (self._micro_batch(step).tokens.weight.sum() for step in window),
+                start=torch.zeros((), device=self.device),
+            )
+            self._window_weight = self._global_sum(weight)
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        """The loss of one micro-batch, so scaled that the window's gradient is that of a mean.
+
+        Returns:
+            Σ loss · world size · window / N: this undoes the divisions that Lightning
+            (accumulation) and DDP or FSDP (ranks) apply, so that the optimiser sees
+            Σ loss / N with N the weight of all response tokens of the window on all ranks.
+        """
+        micro = self._micro_batch(batch.step)
+        hidden = self.actor.hidden(micro.sequences)  # log π_θ follows from it, chunk by chunk
+        total, sums = head_loss(
+            hidden, self.actor.head(self.temperature), lambda z, i: self._per_token(micro, z, i)
+        )
+        if not torch.isfinite(total):
+            raise self._non_finite("loss", micro)
+        self._count(micro, total, sums)
+        scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        return total * (scale / self._window_weight.clamp(min=1e-12)).to(total)
+
+    def _per_token(
+        self, micro: MicroBatch, logits: Tensor, index: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss, and what the curves show, of a chunk of tokens."""
+        tokens = micro.tokens[index]
+        losses, metrics = self.loss.per_token(logits, tokens, lambda: micro.target.logprobs(index))
+        with torch.no_grad():
+            logprobs = token_logprobs(logits, tokens.actions)
+            metrics["implied_reward"] = self.beta * (logprobs - tokens.reference)
+            metrics["kl"] = sampled_kl(logprobs, tokens.reference)
+            metrics["entropy"] = entropy(logits.log_softmax(dim=-1))
+        return losses * tokens.weight, metrics
+
+    # -- what it shows -----------------------------------------------------------------------
+
+    def _count(self, micro: MicroBatch, total: Tensor, sums: dict[str, Tensor]) -> None:
+        """Adds a micro-batch to the curves."""
+        tokens, rows = micro.tokens, micro.rollout
+        count = total.new_tensor(float(len(tokens)))
+        credit = self.beta * tokens.credit.double()
+        responses = total.new_tensor(float(len(rows)))
+        cut = rows.truncated.sum()
+        self.train_means.update(
+            {
+                "loss": (total, tokens.weight.sum()),
+                "credit": (credit.sum(), count),
+                "credit_square": ((credit**2).sum(), count),
+                "response_length": (rows.lengths.sum(), responses),
+                "truncation_rate": (cut, responses),
+                "eos_rate": (responses - cut, responses),
+                **{name: (value, count) for name, value in sums.items()},
+            }
+        )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Logs the curves of the accumulation window; the gradient norm is that before clipping."""
+        grads = [p.grad for p in self.actor.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if not torch.isfinite(norm):
+            raise self._non_finite("gradient norm", None)
+        means = self.train_means.compute()
+        tokens = float(self._global_sum(self.train_means.count("credit")))
+        self.train_means.reset()
+        credit, square = means["credit"], means.pop("credit_square")
+        now = time.perf_counter()
+        curves = {
+            **means,
+            "objective": means["loss"] * self.beta**self.loss.beta_power,
+            "credit_std": (square - credit**2).clamp(min=0).sqrt(),
+            "grad_norm": norm,
+            "samples": float(self.progress.samples),
+            "tokens_per_second": tokens / max(now - self.progress.clock, 1e-9),
+        }
+        self.progress.clock = now
+        self.log_dict({f"train/{k}": torch.as_tensor(v).float() for k, v in curves.items()})
+        self.log("loss", means["loss"].float(), prog_bar=True, logger=False)
+        self.log("kl", means["kl"].float(), prog_bar=True, logger=False)
+
+    def on_train_start(self) -> None:
+        """Starts the clock of the throughput curve."""
+        self.progress.clock = time.perf_counter()
+
+    # -- evaluation --------------------------------------------------------------------------
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Samples responses to held-out prompts and measures them (see ``iqstar.evaluation``)."""
+        assert self.policy is not None
+        records, sums = sample_and_score(
+            self.policy,
+            batch.prompts,
+            self.judge,
+            max_new_tokens=self.rollout.max_new_tokens,
+            samples=self.eval_samples,
+            seed=rollout_seed(self.seed, batch_idx, self.global_rank),
+        )
+        self.val_means.update(sums)
+        self._val_samples += records
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the previous evaluation."""
+        self.val_means.reset()
+        self._val_samples = []
+
+    def on_validation_epoch_end(self) -> None:
+        """Gathers the evaluation over ranks, keeps and logs it; before training, as step 0."""
+        samples = self._gathered(self._val_samples)
+        if not samples:
+            return
+        metrics = {name: float(value) for name, value in self.val_means.compute().items()}
+        scores = [s.score for s in samples if not math.isnan(s.score)]
+        cut = sum(s.truncated for s in samples) / len(samples)
+        metrics |= {
+            "response_length": sum(s.tokens for s in samples) / len(samples),
+            "truncation_rate": cut,
+            "eos_rate": 1 - cut,
+            "distinct_2": distinct_n([s.response for s in samples], 2),
+        }
+        if self.judge is not None:
+            metrics["judge"] = sum(scores) / len(scores) if scores else float("nan")
+        self.evaluations.append(
+            Evaluation(step=self.global_step, metrics=metrics, samples=tuple(samples))
+        )
+        curves = {f"val/{name}": value for name, value in metrics.items()}
+        if self.trainer.sanity_checking:
+            for logger in self.loggers:
+                logger.log_metrics(curves, step=0)
+        else:
+            self.log_dict(curves, sync_dist=False, rank_zero_only=False)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """The same measurement as validation."""
+        self.validation_step(batch, batch_idx)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One response to each prompt, with the credit of each of its tokens.
+
+        Returns:
+            Rows of ``prompt``, ``response``, ``tokens`` (text of each), ``credits`` (A*, in units
+            of β), ``implied`` (β log π_θ/π_ref), ``truncated``.
+        """
+        assert self.policy is not None
+        seed = rollout_seed(self.seed, batch_idx, self.global_rank)
+        rows = []
+        for micro in self.collect(batch.prompts, seed):
+            scorer = RolloutScorer(self.policy, [micro.rollout], self.temperature)
+            implied = (scorer.behaviour() - micro.tokens.reference) * self.beta
+            lengths = micro.rollout.lengths.tolist()
+            columns = zip(
+                micro.rollout.prompts,
+                micro.tokens.actions.split(lengths),
+                (micro.tokens.credit * self.beta).split(lengths),
+                implied.split(lengths),
+                micro.rollout.truncated.tolist(),
+                strict=True,
+            )
+            for prompt, ids, credit, gained, cut in columns:
+                rows.append(
+                    {
+                        "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+                        "response": self.chat.decode(ids.tolist()),
+                        "tokens": [self.chat.tokenizer.decode([i]) for i in ids.tolist()],
+                        "credits": [round(c, 6) for c in credit.tolist()],
+                        "implied": [round(c, 6) for c in gained.tolist()],
+                        "truncated": cut,
+                    }
+                )
+        return rows
+
+    # -- checkpoints -------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The trained weights only: frozen ones are loaded from where they came from."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in trained}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what has been done and measured so far."""
+        checkpoint["iqstar"] = {"progress": vars(self.progress), "evaluations": self.evaluations}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Checks that the checkpoint holds every trained weight, and takes up its records."""
+        missing = set(self.state_dict()) - set(checkpoint["state_dict"])
+        if missing:
+            raise InputError(
+                f"ckpt_path: the checkpoint lacks {len(missing)} trained weights, {min(missing)} "
+                "among them; it belongs to another model or another model.policy.lora"
+            )
+        if "iqstar" in checkpoint:
+            self.progress = Progress(**checkpoint["iqstar"]["progress"])
+            self.evaluations = list(checkpoint["iqstar"]["evaluations"])
+
+    # -- small helpers -----------------------------------------------------------------------
+
+    def _micro_batch(self, step: int) -> MicroBatch:
+        return self._buffer[step % len(self._buffer)]
+
+    def _global_sum(self, value: Tensor) -> Tensor:
+        reduced: Tensor = self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")
+        return reduced
+
+    def _gathered(self, samples: list[Sample]) -> list[Sample]:
+        if self.trainer.world_size == 1:
+            return samples
+        parts: list[list[Sample]] = [[] for _ in range(self.trainer.world_size)]
+        torch.distributed.all_gather_object(parts, samples)
+        return [sample for part in parts for sample in part]
+
+    def _non_finite(self, what: str, micro: MicroBatch | None) -> NonFiniteLossError:
+        prompts = "; ".join(
+            repr(p.messages[-1].content[:60]) for p in (micro.rollout.prompts[:3] if micro else ())
+        )
+        where = f" on a micro-batch that starts with {prompts}" if prompts else ""
+        return NonFiniteLossError(
+            f"the {what} is not finite at optimiser step {self.global_step}, rollout "
+            f"{self.progress.rollouts}{where}; the weights were not updated and the last checkpoint "
+            "is intact. Lower model.optimizer.init_args.lr, set trainer.gradient_clip_val, or use "
+            "trainer.precision: 32-true"
+        )
+
+
+@dataclass
+class Progress:
+    """What a run has done so far.
+
+    Args:
+        rollouts: Rollouts made by each rank.
+        samples: Responses sampled by all ranks.
+        clock: When the last optimiser step ended, for the throughput.
+    """
+
+    rollouts: int = 0
+    samples: int = 0
+    clock: float = field(default_factory=time.perf_counter)
+
+
+TRAIN_MEANS = (
+    "loss",
+    "credit",
+    "credit_square",
+    "implied_reward",
+    "kl",
+    "entropy",
+    "response_length",
+    "truncation_rate",
+    "eos_rate",
+)
+"""Quantities of every loss, so that a rank without tokens synchronises the same states."""

@@ -1,0 +1,105 @@
+"""Optimiser groups and learning-rate schedules, injected by YAML."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from iqstar.errors import InputError
+
+OptimizerFactory = Callable[[Iterable], Optimizer]
+"""What ``optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 2.0e-5}}`` becomes."""
+
+
+def default_optimizer(parameters: Iterable) -> Optimizer:
+    """AdamW with lr 2e-5 and no weight decay: the update stays near the reference by itself."""
+    return torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0)
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The trained weights, in a group that decays and one that does not.
+
+    Vectors (norms and biases) and embeddings are not decayed. No decay happens at all unless the
+    optimiser's ``weight_decay`` is set.
+    """
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
+    kept = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+class Schedule(ABC):
+    """Learning-rate schedule over the optimiser steps of a run."""
+
+    @abstractmethod
+    def build(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+        """The scheduler, stepped once per optimiser step.
+
+        Args:
+            optimizer: Whose learning rate is scheduled.
+            total_steps: Optimiser steps of the whole run.
+        """
+
+
+class WarmupCosine(Schedule):
+    """Linear warm-up, then a half cosine down to a floor.
+
+    Args:
+        warmup: Share of the run's steps spent warming up, in [0, 1).
+        floor: Share of the learning rate at the end, in [0, 1].
+    """
+
+    def __init__(self, warmup: float = 0.1, floor: float = 0.1) -> None:
+        if not 0 <= warmup < 1 or not 0 <= floor <= 1:
+            raise InputError(
+                f"model.schedule: warmup must be in [0, 1) and floor in [0, 1], got {warmup}, {floor}"
+            )
+        self.warmup = warmup
+        self.floor = floor
+
+    def build(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+        """See :meth:`Schedule.build`."""
+        from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+        warmup_steps = round(self.warmup * total_steps)
+        # The first step would have learning rate 0; start one step into the ramp.
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, warmup_steps + 1, total_steps + 1, min_lr_rate=self.floor
+        )
+        return _shifted(schedule)
+
+
+class Constant(Schedule):
+    """The learning rate as given."""
+
+    def build(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
+        """See :meth:`Schedule.build`."""
+        return LambdaLR(optimizer, _one)
+
+
+def _one(step: int) -> float:
+    return 1.0
+
+
+class _Shift:
+    """A schedule's function, one step further on."""
+
+    def __init__(self, function: Callable[[int], float]) -> None:
+        self.function = function
+
+    def __call__(self, step: int) -> float:
+        return self.function(step + 1)
+
+
+def _shifted(schedule: LambdaLR) -> LambdaLR:
+    return LambdaLR(schedule.optimizer, [_Shift(f) for f in schedule.lr_lambdas])

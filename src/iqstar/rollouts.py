@@ -1,0 +1,275 @@
+"""Where responses come from: the policy, the reference, the data set, or a mixture (method §5)."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iqstar.errors import InputError
+from iqstar.mdp import Prompt, Rollout, concatenate, make_rollout
+from iqstar.policy import CausalLM, Policy
+
+KEY = "model.rollout.init_args"
+
+
+class RolloutEngine(ABC):
+    """Turns prompts into responses.
+
+    Attributes:
+        responses_per_prompt: Responses to each prompt of a batch.
+        on_policy: Whether every response is sampled from the policy itself.
+        max_new_tokens: Length limit of a response.
+    """
+
+    responses_per_prompt: int = 1
+    on_policy: bool = False
+    max_new_tokens: int
+
+    @abstractmethod
+    def roll_out(
+        self, policy: Policy, prompts: Sequence[Prompt], temperature: float, seed: int
+    ) -> Rollout:
+        """``responses_per_prompt`` responses to every prompt, those of one prompt side by side.
+
+        Args:
+            policy: The policy and its reference.
+            prompts: What to respond to.
+            temperature: Of sampling; scoring uses the same.
+            seed: Fixes what is sampled; the global random state is left as it was.
+        """
+
+
+class GenerateRollout(RolloutEngine):
+    """Samples with transformers' ``generate`` and a KV cache.
+
+    Only these settings count: what a checkpoint's generation config says about sampling is
+    ignored, its end-of-sequence ids are kept.
+
+    Args:
+        max_new_tokens: Length limit of a response; one that reaches it is *truncated*.
+        responses_per_prompt: Responses to each prompt of a batch.
+        source: ``policy`` (on-policy), or ``reference``.
+        stop_strings: Texts that end a response besides the end-of-sequence ids; null for those of
+            the chat format (``hh``: the next human turn).
+        top_p: Nucleus sampling; below 1 it biases the expected gradient (7), with a warning.
+        top_k: Top-k sampling; above 0 it does likewise.
+        batch_size: Responses generated at once; null for all.
+    """
+
+    def __init__(
+        self,
+        max_new_tokens: int = 64,
+        responses_per_prompt: int = 1,
+        source: Literal["policy", "reference"] = "policy",
+        stop_strings: list[str] | None = None,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        batch_size: int | None = None,
+    ) -> None:
+        for name, value in (
+            ("max_new_tokens", max_new_tokens),
+            ("responses_per_prompt", responses_per_prompt),
+            ("batch_size", batch_size or 1),
+        ):
+            if value < 1:
+                raise InputError(f"{KEY}.{name}: must be at least 1, got {value}")
+        if top_p < 1 or top_k > 0:
+            warnings.warn(
+                f"{KEY}: top_p < 1 or top_k > 0 samples from another distribution than the one "
+                "that is scored, which biases the expected gradient (method (7))",
+                stacklevel=2,
+            )
+        self.max_new_tokens = max_new_tokens
+        self.responses_per_prompt = responses_per_prompt
+        self.source = source
+        self.on_policy = source == "policy"
+        self.stop_strings = stop_strings
+        self.top_p = top_p
+        self.top_k = top_k
+        self.batch_size = batch_size
+
+    def roll_out(
+        self, policy: Policy, prompts: Sequence[Prompt], temperature: float, seed: int
+    ) -> Rollout:
+        """See :meth:`RolloutEngine.roll_out`."""
+        if self.source == "policy":
+            return self.sample(policy.actor, prompts, temperature, seed)
+        with policy.reference() as model:
+            return self.sample(model, prompts, temperature, seed)
+
+    def sample(
+        self, model: CausalLM, prompts: Sequence[Prompt], temperature: float, seed: int
+    ) -> Rollout:
+        """Responses of one model; arguments as :meth:`RolloutEngine.roll_out`."""
+        if temperature <= 0:
+            raise InputError(f"model.temperature: must be positive, got {temperature}")
+        rows = [p for p in prompts for _ in range(self.responses_per_prompt)]
+        size = self.batch_size or len(rows)
+        ids: list[list[int]] = []
+        truncated: list[bool] = []
+        device = next(model.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for start in range(0, len(rows), size):
+                for row, cut in self._generate(model, rows[start : start + size], temperature):
+                    ids.append(row)
+                    truncated.append(cut)
+        return make_rollout(rows, ids, truncated, model.chat.pad_id).to(device)
+
+    @torch.no_grad()
+    def _generate(
+        self, model: CausalLM, prompts: Sequence[Prompt], temperature: float
+    ) -> list[tuple[list[int], bool]]:
+        from transformers import GenerationConfig
+
+        chat = model.chat
+        contexts = [chat.prompt_ids(p.messages) for p in prompts]
+        width = max(len(c) for c in contexts)
+        if model.max_tokens is not None and width + self.max_new_tokens > model.max_tokens:
+            raise InputError(
+                f"data.max_prompt_tokens: a prompt of {width} tokens and {self.max_new_tokens} new "
+                f"ones exceed the model's {model.max_tokens} positions; lower "
+                f"data.max_prompt_tokens or {KEY}.max_new_tokens"
+            )
+        device = next(model.parameters()).device
+        input_ids = torch.full((len(prompts), width), chat.pad_id, device=device)
+        attention = torch.zeros_like(input_ids)
+        for i, context in enumerate(contexts):
+            input_ids[i, width - len(context) :] = torch.tensor(context, device=device)
+            attention[i, width - len(context) :] = 1
+        stops = chat.stop_strings if self.stop_strings is None else tuple(self.stop_strings)
+        extra: dict[str, Any] = {}
+        if stops:
+            extra = {"stop_strings": list(stops), "tokenizer": chat.tokenizer}
+        rows = model.head().weight.shape[0]
+        with model.generating() as generator:
+            settings = GenerationConfig(
+                do_sample=True,
+                temperature=temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                repetition_penalty=1.0,
+                max_new_tokens=self.max_new_tokens,
+                eos_token_id=list(chat.eos_ids) or None,
+                pad_token_id=chat.pad_id,
+                suppress_tokens=list(range(chat.vocab_size, rows)) or None,
+            )
+            output: Tensor = generator.generate(
+                input_ids=input_ids, attention_mask=attention, generation_config=settings, **extra
+            )
+        return [
+            _ended(row, chat.eos_ids, self.max_new_tokens, stops, chat.tokenizer.decode)
+            for row in output[:, width:].tolist()
+        ]
+
+
+def _ended(
+    row: list[int],
+    eos_ids: Sequence[int],
+    limit: int,
+    stops: Sequence[str],
+    decode: Callable[[list[int]], Any],
+) -> tuple[list[int], bool]:
+    """A response up to and including what ended it, and whether the length limit did."""
+    length = next((i + 1 for i, token in enumerate(row) if token in eos_ids), None)
+    for stop in stops:
+        text_end = length or len(row)
+        if stop in decode(row[:text_end]):
+            first = next(n for n in range(1, text_end + 1) if stop in decode(row[:n]))
+            length = first
+    if length is not None:
+        return row[:length], False
+    return row[:limit], True
+
+
+class DatasetRollout(RolloutEngine):
+    """Replays the data set's own responses (off-policy).
+
+    A complete response gets the chat template's end of turn, inside the mask; one that is cut at
+    the limit does not, and counts as truncated.
+
+    Args:
+        max_new_tokens: Length limit of a response.
+    """
+
+    def __init__(self, max_new_tokens: int = 64) -> None:
+        if max_new_tokens < 1:
+            raise InputError(f"{KEY}.max_new_tokens: must be at least 1, got {max_new_tokens}")
+        self.max_new_tokens = max_new_tokens
+
+    def roll_out(
+        self, policy: Policy, prompts: Sequence[Prompt], temperature: float, seed: int
+    ) -> Rollout:
+        """See :meth:`RolloutEngine.roll_out`.
+
+        Raises:
+            InputError: If a prompt has no response.
+        """
+        chat = policy.actor.chat
+        ids, truncated = [], []
+        for prompt in prompts:
+            if not prompt.response:
+                raise InputError(
+                    "model.rollout: DatasetRollout needs a response to every prompt, but "
+                    f"{prompt.messages[-1].content[:60]!r} has none; use GenerateRollout, or data "
+                    "with responses"
+                )
+            response = chat.response_ids(prompt.response, prompt.complete)
+            ids.append(response[: self.max_new_tokens])
+            truncated.append(len(response) > self.max_new_tokens or not prompt.complete)
+        device = next(policy.actor.parameters()).device
+        return make_rollout(list(prompts), ids, truncated, chat.pad_id).to(device)
+
+
+class MixtureRollout(RolloutEngine):
+    """Draws each prompt's source from several engines with given weights.
+
+    Args:
+        engines: The sources.
+        weights: How often each is drawn; they are normalised.
+    """
+
+    def __init__(self, engines: list[RolloutEngine], weights: list[float]) -> None:
+        if len(engines) != len(weights) or not engines:
+            raise InputError(
+                f"{KEY}.weights: {len(weights)} weights for {len(engines)} engines; give one each"
+            )
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise InputError(f"{KEY}.weights: must not be negative nor all zero, got {weights}")
+        counts = {e.responses_per_prompt for e in engines}
+        if len(counts) > 1:
+            raise InputError(
+                f"{KEY}.engines: responses_per_prompt must agree, got {sorted(counts)}"
+            )
+        self.engines = engines
+        self.weights = [w / sum(weights) for w in weights]
+        self.responses_per_prompt = counts.pop()
+        self.on_policy = all(e.on_policy for e in engines)
+        self.max_new_tokens = max(e.max_new_tokens for e in engines)
+
+    def roll_out(
+        self, policy: Policy, prompts: Sequence[Prompt], temperature: float, seed: int
+    ) -> Rollout:
+        """See :meth:`RolloutEngine.roll_out`; responses come grouped by engine."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(
+            torch.tensor(self.weights), len(prompts), replacement=True, generator=generator
+        ).tolist()
+        parts = []
+        for number, engine in enumerate(self.engines):
+            chosen = [p for p, d in zip(prompts, drawn, strict=True) if d == number]
+            if chosen:
+                own_seed = rollout_seed(seed, number)
+                parts.append(engine.roll_out(policy, chosen, temperature, own_seed))
+        return concatenate(parts, policy.actor.chat.pad_id)
+
+
+def rollout_seed(*parts: int) -> int:
+    """One well-mixed seed from several numbers, such as the run's seed, the step and the rank."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

@@ -1,0 +1,114 @@
+"""Scores a rollout under a frozen model, told a principle or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from iqstar.distributions import HeadDistributions
+from iqstar.errors import InputError
+from iqstar.head import LanguageHead
+from iqstar.mdp import Rollout, TokenSequences, pack
+from iqstar.policy import CausalLM, Policy
+
+
+class RolloutScorer:
+    """Frozen scoring of one rollout, in the micro-batches in which the policy will be trained.
+
+    The rows that are scored together, their padding and their order are those of training, so
+    that equal weights give equal bits (method §7, identity 3).
+
+    Args:
+        policy: The policy and its reference.
+        micro_batches: The rollout's rows, as training will meet them.
+        temperature: That of all scoring.
+    """
+
+    def __init__(
+        self, policy: Policy, micro_batches: Sequence[Rollout], temperature: float = 1.0
+    ) -> None:
+        self.policy = policy
+        self.micro_batches = tuple(micro_batches)
+        self.temperature = temperature
+        self.sequences = tuple(
+            pack_prompts(policy.actor, rollout) for rollout in self.micro_batches
+        )
+        self._heads: dict[int, LanguageHead] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Number of response tokens in the rollout."""
+        return sum(len(s.predictors) for s in self.sequences)
+
+    def reference(self) -> HeadDistributions:
+        """π_ref at every response token, given the unmodified prompts."""
+        with self.policy.reference() as model:
+            return self._score(model, self.sequences)
+
+    def conditioned(
+        self, principle: str, placement: str, model: CausalLM | None = None
+    ) -> HeadDistributions:
+        """A frozen model at every response token, told a principle.
+
+        Args:
+            principle: The text; never cut.
+            placement: Where it goes (:meth:`iqstar.chat.ChatFormat.prompt_ids`).
+            model: Another frozen model of the same vocabulary; None for the reference.
+        """
+        with self.policy.reference() as reference:
+            chosen = model or reference
+            packed = [
+                pack_prompts(chosen, rollout, principle, placement)
+                for rollout in self.micro_batches
+            ]
+            return self._score(chosen, packed)
+
+    @torch.no_grad()
+    def behaviour(self) -> Float[Tensor, " tokens"]:
+        """Log π_θ of the response tokens at the current weights, by our own scoring."""
+        model = self.policy.actor
+        parts = []
+        for rollout, sequences in zip(self.micro_batches, self.sequences, strict=True):
+            scored = HeadDistributions(
+                model.hidden(sequences), model.head(self.temperature).prepared()
+            )
+            parts.append(scored.at(rollout.actions))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _score(self, model: CausalLM, sequences: Sequence[TokenSequences]) -> HeadDistributions:
+        if id(model) not in self._heads:
+            self._heads[id(model)] = model.head(self.temperature).prepared()
+        hidden = torch.cat([model.hidden(s) for s in sequences])
+        return HeadDistributions(hidden, self._heads[id(model)])
+
+
+def pack_prompts(
+    model: CausalLM, rollout: Rollout, principle: str | None = None, placement: str = "after_user"
+) -> TokenSequences:
+    """Model inputs of a rollout's rows, its prompts rendered with or without a principle.
+
+    Raises:
+        InputError: If a row is longer than the model's positions.
+    """
+    chat = model.chat
+    contexts = [chat.prompt_ids(p.messages, principle, placement) for p in rollout.prompts]
+    sequences = pack(contexts, rollout, chat.pad_id)
+    longest = sequences.input_ids.shape[1]
+    if model.max_tokens is not None and longest > model.max_tokens:
+        told = " with its principle" if principle else ""
+        raise InputError(
+            f"data.max_prompt_tokens: a prompt{told} and its response make {longest} tokens, more "
+            f"than the model's {model.max_tokens} positions; lower data.max_prompt_tokens or the "
+            "rollout's max_new_tokens"
+        )
+    return sequences
+
+
+def token_positions(rollout: Rollout) -> Int[Tensor, " tokens"]:
+    """Position of each response token in its response, from 0."""
+    time = torch.arange(rollout.response_ids.shape[1], device=rollout.response_ids.device)
+    return time.expand_as(rollout.response_ids)[rollout.response_mask]
