@@ -167,6 +167,8 @@ class PromptDataModule(LightningDataModule, ABC):
             )
 
     def _check_values(self) -> None:
+        if self.subset is not None and (self.path is not None or self.hub_id is None):
+            raise InputError("data.subset selects a part of a hub data set; leave it out here")
         for key, least in [
             ("batch_size", 1),
             ("eval_batch_size", 1),

@@ -52,7 +52,7 @@ class RepeatedBatches:
             drop_last=drop_last,
         )
         sizes = batch_sizes(len(self._order), batch_size, drop_last)
-        self._spans = list(zip(accumulate([0, *sizes[:-1]]), accumulate(sizes), strict=True))
+        self._spans = list(pairwise([0, *accumulate(sizes)]))
         self._steps = [steps(size) for size in sizes]
         self._epoch = 0
         self._yielded = 0

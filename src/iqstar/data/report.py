@@ -33,7 +33,7 @@ class DataReport:
         return text + "".join(f"; {n} skipped: {why}" for why, n in self.skipped.items())
 
 
-def quantiles(values: Sequence[float]) -> dict[str, float]:
+def quantiles(values: Sequence[int]) -> dict[str, float]:
     """Minimum, quartiles, 95th percentile, maximum and mean."""
     data = torch.tensor(values, dtype=torch.float64)
     points = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}

@@ -1,0 +1,129 @@
+"""``iqstar audit``: golden counts on the real files, and its messages."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from iqstar.commands.audit import main
+from iqstar.data.hh_rlhf import audit_pairs
+from iqstar.errors import InputError
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+HH = DATA / "hh_rlhf" / "harmless-base_test_a.jsonl.gz"
+BEAVER = DATA / "beavertails" / "30k_test_a.jsonl.gz"
+real_files = pytest.mark.skipif(not HH.exists(), reason=f"the real data is not at {DATA}")
+
+
+def audit(capsys, *argv: str) -> dict:
+    assert main([*argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@real_files
+def test_golden_counts_of_hh_rlhf(capsys):
+    report = audit(capsys, "--data", "HHRLHF", "--data.path", str(HH))
+    details = report.pop("details")
+    assert report == {
+        "rows": 1181,
+        "usable": 1176,
+        "prompts": 1179,
+        "multi_turn": 832,
+        "differing_prompts": 3,
+        "empty_chosen": 2,
+        "same_role": 5,
+        "duplicates": 0,
+    }
+    assert details["same_first_char"] == 239
+    assert details["skipped"] == {"duplicate prompt": 2, "prompt ends with an assistant turn": 2}
+
+
+@real_files
+def test_golden_counts_of_beavertails(capsys):
+    report = audit(capsys, "--data", "iqstar.data.BeaverTails", "--data.path", str(BEAVER))
+    report.pop("details")
+    assert report == {"rows": 1510, "usable": 1508, "prompts": 1257, "duplicates": 2, "safe": 625}
+
+
+@real_files
+def test_the_other_options_are_accepted(capsys):
+    argv = ["--data", "HHRLHF", f"--data.path={HH}", "--data.first_turn_only", "true"]
+    details = audit(capsys, *argv, "--data.max_prompt_chars", "150")["details"]
+    assert details["cut_to_first_turn"] > 800
+    assert details["prompt_turns"]["max"] == 1
+    assert details["prompt_chars"]["max"] <= 150
+
+
+def test_pairs_are_counted_by_definition():
+    hi = "\n\nHuman: Hi\n\nAssistant:"
+    two = "\n\nHuman: Hi\n\nAssistant: Yo.\n\nAssistant: Yes?\n\nHuman: Bye\n\nAssistant:"
+    report = audit_pairs(
+        [
+            {"chosen": f"{hi} Hello.", "rejected": f"{hi} Hey."},  # same first character
+            {"chosen": f"{hi} Hello.", "rejected": f"{hi} Hey."},  # the same row again
+            {"chosen": f"{hi} ", "rejected": f"{hi} Go."},  # empty chosen
+            {"chosen": f"{hi} A", "rejected": f"{two} A"},  # differing prompts
+            {"chosen": f"{two} A", "rejected": f"{two} B"},  # same role, multi-turn
+            {"chosen": f"{hi}\n\nAssistant: A", "rejected": f"{hi}\n\nAssistant: B"},  # same role
+        ]
+    )
+    details = report.pop("details")
+    assert report == {
+        "rows": 6,
+        "usable": 4,
+        "prompts": 3,
+        "multi_turn": 1,
+        "differing_prompts": 1,
+        "empty_chosen": 1,
+        "same_role": 2,
+        "duplicates": 1,
+    }
+    assert details["same_first_char"] == 2
+
+
+def test_people_get_a_table(capsys):
+    assert main(["--data", "Sample"]) == 0
+    out = capsys.readouterr().out
+    assert "distinct prompts" in out
+    assert "train 136 · heldout 64" in out
+
+
+def test_your_own_rows_are_audited(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "a"}\n{"prompt": "b", "response": "c"}\n')
+    report = audit(capsys, "--data", "JSONL", "--data.path", str(path))
+    assert (report["rows"], report["usable"], report["prompts"], report["duplicates"]) == (
+        3,
+        3,
+        2,
+        1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--json"], "--data is missing"),
+        (["--data", "HHRLFH"], "did you mean HHRLHF"),
+        (["--data", "iqstar.data.Beavertail"], "did you mean BeaverTails"),
+        (
+            ["--data", "Sample", "--data.val_prompt", "3"],
+            "data.val_prompt; did you mean data.val_p",
+        ),
+        (["--data", "Sample", "--data.val_prompts", "x"], "data.val_prompts: "),
+        (["--data", "Sample", "--data.batch_size", "0"], "data.batch_size: 0 is too small"),
+        (["--data", "JSONL", "--data.path", "nowhere.jsonl"], "data.path: no such file"),
+        (["--data", "Sample", "--jsn"], "--jsn"),
+    ],
+)
+def test_wrong_arguments_are_explained(argv, expected):
+    with pytest.raises(InputError) as error:
+        main(argv)
+    assert expected in str(error.value)
+
+
+def test_importing_the_data_modules_does_not_import_datasets():
+    code = "import sys, iqstar.commands.audit; sys.exit('datasets' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
