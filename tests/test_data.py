@@ -294,9 +294,6 @@ class Recorder(LightningModule):
     def training_steps(self, num_prompts: int) -> int:
         return num_prompts // 4
 
-    def transfer_batch_to_device(self, batch, device, dataloader_idx):
-        return batch  # Lightning cannot copy frozen classes
-
     def training_step(self, batch, batch_idx):
         self.seen.append(batch)
         return self.weight.sum()

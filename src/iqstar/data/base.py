@@ -23,7 +23,7 @@ from iqstar.data.turns import (
     split_prompts,
 )
 from iqstar.errors import InputError
-from iqstar.mdp import Prompt
+from iqstar.mdp import Prompt, PromptBatch
 
 
 class PromptDataModule(LightningDataModule, ABC):
@@ -286,6 +286,12 @@ class PromptDataModule(LightningDataModule, ABC):
     def predict_dataloader(self) -> EvalBatches:
         """The same held-out prompts."""
         return self.val_dataloader()
+
+    def transfer_batch_to_device(
+        self, batch: PromptBatch, device: torch.device, dataloader_idx: int
+    ) -> PromptBatch:
+        """Prompts are text and stay where they are (Lightning cannot copy frozen classes)."""
+        return batch
 
     def _place(self) -> tuple[int, int]:
         if self.trainer is None:
