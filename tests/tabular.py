@@ -33,6 +33,8 @@ class Table(TokenDistributions):
 
 @dataclass
 class TokenMDP:
+    """A solved MDP; tables are (states, vocab) unless noted."""
+
     beta: float
     reward: Tensor  # (states, vocab)
     reference: Tensor  # (states, vocab) log-probs

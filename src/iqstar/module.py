@@ -198,10 +198,6 @@ class InverseQStar(LightningModule):
                 frozen.train(False)
         return self
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, index: int) -> Any:
-        """Prompts are text; they stay where they are."""
-        return batch
-
     # -- the method --------------------------------------------------------------------------
 
     def collect(self, prompts: tuple[Prompt, ...], seed: int) -> list[MicroBatch]:
@@ -452,7 +448,7 @@ class InverseQStar(LightningModule):
 
     # -- checkpoints -------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained weights only: frozen ones are loaded from where they came from."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in trained}
@@ -496,9 +492,9 @@ class InverseQStar(LightningModule):
         where = f" on a micro-batch that starts with {prompts}" if prompts else ""
         return NonFiniteLossError(
             f"the {what} is not finite at optimiser step {self.global_step}, rollout "
-            f"{self.progress.rollouts}{where}; the weights were not updated and the last checkpoint "
-            "is intact. Lower model.optimizer.init_args.lr, set trainer.gradient_clip_val, or use "
-            "trainer.precision: 32-true"
+            f"{self.progress.rollouts}{where}; the weights were not updated and the last "
+            "checkpoint is intact. Lower model.optimizer.init_args.lr, set "
+            "trainer.gradient_clip_val, or use trainer.precision: 32-true"
         )
 
 

@@ -62,7 +62,8 @@ class WarmupCosine(Schedule):
     def __init__(self, warmup: float = 0.1, floor: float = 0.1) -> None:
         if not 0 <= warmup < 1 or not 0 <= floor <= 1:
             raise InputError(
-                f"model.schedule: warmup must be in [0, 1) and floor in [0, 1], got {warmup}, {floor}"
+                "model.schedule: warmup must be in [0, 1) and floor in [0, 1], "
+                f"got {warmup} and {floor}"
             )
         self.warmup = warmup
         self.floor = floor

@@ -221,6 +221,7 @@ def load_policy(spec: PolicySpec, chat: ChatFormat, precision: str = "32-true") 
         actor.model.gradient_checkpointing_enable({"use_reentrant": False})
         if spec.lora is not None:
             actor.model.enable_input_require_grads()
+    actor.train()
     return Policy(actor=actor, frozen=frozen, spec=spec)
 
 
