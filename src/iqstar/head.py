@@ -151,6 +151,6 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return *grads, None, None, None, None, None
