@@ -5,6 +5,7 @@ The same seeds before and after training, so that the two differ by the policy a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from iqstar.head import chunks
 from iqstar.judges import Judge
 from iqstar.logprobs import entropy, kl_divergence
 from iqstar.mdp import Prompt, Rollout
+from iqstar.metrics import distinct_n
 from iqstar.policy import CausalLM, Policy
 from iqstar.rollouts import GenerateRollout
 from iqstar.scoring import pack_prompts
@@ -116,3 +118,26 @@ def divergence_sums(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
 
 def _distributions(model: CausalLM, rollout: Rollout) -> HeadDistributions:
     return HeadDistributions(model.hidden(pack_prompts(model, rollout)), model.head().prepared())
+
+
+def evaluation_metrics(
+    samples: Sequence[Sample], means: dict[str, Tensor], judged: bool
+) -> dict[str, float]:
+    """The metrics of an evaluation, from its responses and its global means.
+
+    Args:
+        samples: The responses of all ranks.
+        means: KL to the reference and entropy, over response tokens.
+        judged: Whether there is a judge; responses that it could not score are left out.
+    """
+    scores = [s.score for s in samples if not math.isnan(s.score)]
+    truncated = sum(s.truncated for s in samples) / len(samples)
+    metrics = {name: float(value) for name, value in means.items()} | {
+        "response_length": sum(s.tokens for s in samples) / len(samples),
+        "truncation_rate": truncated,
+        "eos_rate": 1 - truncated,
+        "distinct_2": distinct_n([s.response for s in samples], 2),
+    }
+    if judged:
+        metrics["judge"] = sum(scores) / len(scores) if scores else float("nan")
+    return metrics

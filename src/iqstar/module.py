@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,18 +16,18 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from iqstar.assignment import MicroBatch, assign_credit, credit_rows
 from iqstar.chat import ChatFormat
 from iqstar.credit import CreditTransform
-from iqstar.distributions import TokenDistributions
+from iqstar.curves import TRAIN_MEANS, micro_batch_sums, token_metrics, window_curves
 from iqstar.errors import InputError, NonFiniteLossError
 from iqstar.estimators import OptimalPolicyEstimator
-from iqstar.evaluation import Evaluation, Sample, sample_and_score
+from iqstar.evaluation import Evaluation, Sample, evaluation_metrics, sample_and_score
 from iqstar.head import head_loss
 from iqstar.judges import Judge
-from iqstar.logprobs import entropy, sampled_kl, token_logprobs
 from iqstar.losses import DistributionImitationLoss, TokenLoss
-from iqstar.mdp import Prompt, PromptBatch, Rollout, TokenCredits, TokenSequences
-from iqstar.metrics import TokenMeans, distinct_n
+from iqstar.mdp import Prompt, PromptBatch
+from iqstar.metrics import TokenMeans
 from iqstar.optim import (
     OptimizerFactory,
     Schedule,
@@ -37,24 +37,21 @@ from iqstar.optim import (
 )
 from iqstar.policy import Policy, PolicySpec, load_policy
 from iqstar.rollouts import GenerateRollout, RolloutEngine, rollout_seed
-from iqstar.scoring import RolloutScorer, token_positions
 
 
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """Rows that are trained on together, with all that is known of them before the update.
+@dataclass
+class Progress:
+    """What a run has done so far.
 
     Args:
-        rollout: The rows.
-        sequences: The policy's inputs.
-        tokens: Credit of every response token.
-        target: log π̂* at every response token.
+        rollouts: Rollouts made by each rank.
+        samples: Responses sampled by all ranks.
+        clock: When the last optimiser step ended, for the throughput.
     """
 
-    rollout: Rollout
-    sequences: TokenSequences
-    tokens: TokenCredits
-    target: TokenDistributions
+    rollouts: int = 0
+    samples: int = 0
+    clock: float = field(default_factory=time.perf_counter)
 
 
 class InverseQStar(LightningModule):
@@ -211,40 +208,16 @@ class InverseQStar(LightningModule):
         rollout = self.rollout.roll_out(self.policy, prompts, self.temperature, seed)
         if self.mask_truncated:
             rollout = rollout.without_truncated()
-        size = self.micro_batch_size or len(rollout)
-        rows = [rollout.rows(i, i + size) for i in range(0, len(rollout), size)]
-
-        scorer = RolloutScorer(self.policy, rows, self.temperature)
-        reference = scorer.reference()
-        target = self.estimator.estimate(scorer, reference, seed)
-        behaviour = scorer.behaviour() if self.loss.needs_behaviour else None
-
-        # Window by window: the policy's scoring cuts its chunks at the same places.
-        spans, start = [], 0
-        for sequences in scorer.sequences:
-            spans.append((start, start + len(sequences.predictors)))
-            start = spans[-1][1]
-        actions = torch.cat([r.actions for r in rows])
-        log_ref = torch.cat([reference.window(a, b).at(actions[a:b]) for a, b in spans])
-        log_opt = log_ref
-        if target is not reference:
-            log_opt = torch.cat([target.window(a, b).at(actions[a:b]) for a, b in spans])
-        tokens = TokenCredits(
-            actions=actions,
-            reference=log_ref,
-            credit=log_opt - log_ref,  # (4), in nats
-            weight=torch.ones_like(log_ref),
-            behaviour=behaviour,
+        return assign_credit(
+            self.policy,
+            rollout,
+            self.estimator,
+            self.transforms,
+            temperature=self.temperature,
+            micro_batch_size=self.micro_batch_size or len(rollout),
+            needs_behaviour=self.loss.needs_behaviour,
+            seed=seed,
         )
-        positions = torch.cat([token_positions(r) for r in rows])
-        for transform in self.transforms:
-            tokens = transform.apply(tokens, positions)
-        return [
-            MicroBatch(
-                rollout=row, sequences=sequences, tokens=tokens[a:b], target=target.window(a, b)
-            )
-            for row, sequences, (a, b) in zip(rows, scorer.sequences, spans, strict=True)
-        ]
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Makes a rollout where one is due, and counts the tokens of the accumulation window."""
@@ -291,7 +264,7 @@ class InverseQStar(LightningModule):
         )
         if not torch.isfinite(total):
             raise self._non_finite("loss", micro)
-        self._count(micro, total, sums)
+        self.train_means.update(micro_batch_sums(micro, total, sums, self.beta))
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
         return total * (scale / self._window_weight.clamp(min=1e-12)).to(total)
 
@@ -301,33 +274,10 @@ class InverseQStar(LightningModule):
         """Weighted loss, and what the curves show, of a chunk of tokens."""
         tokens = micro.tokens[index]
         losses, metrics = self.loss.per_token(logits, tokens, lambda: micro.target.logprobs(index))
-        with torch.no_grad():
-            logprobs = token_logprobs(logits, tokens.actions)
-            metrics["implied_reward"] = self.beta * (logprobs - tokens.reference)
-            metrics["kl"] = sampled_kl(logprobs, tokens.reference)
-            metrics["entropy"] = entropy(logits.log_softmax(dim=-1))
+        metrics |= token_metrics(logits.detach(), tokens, self.beta)
         return losses * tokens.weight, metrics
 
     # -- what it shows -----------------------------------------------------------------------
-
-    def _count(self, micro: MicroBatch, total: Tensor, sums: dict[str, Tensor]) -> None:
-        """Adds a micro-batch to the curves."""
-        tokens, rows = micro.tokens, micro.rollout
-        count = total.new_tensor(float(len(tokens)))
-        credit = self.beta * tokens.credit.double()
-        responses = total.new_tensor(float(len(rows)))
-        cut = rows.truncated.sum()
-        self.train_means.update(
-            {
-                "loss": (total, tokens.weight.sum()),
-                "credit": (credit.sum(), count),
-                "credit_square": ((credit**2).sum(), count),
-                "response_length": (rows.lengths.sum(), responses),
-                "truncation_rate": (cut, responses),
-                "eos_rate": (responses - cut, responses),
-                **{name: (value, count) for name, value in sums.items()},
-            }
-        )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the curves of the accumulation window; the gradient norm is that before clipping."""
@@ -338,12 +288,9 @@ class InverseQStar(LightningModule):
         means = self.train_means.compute()
         tokens = float(self._global_sum(self.train_means.count("credit")))
         self.train_means.reset()
-        credit, square = means["credit"], means.pop("credit_square")
         now = time.perf_counter()
         curves = {
-            **means,
-            "objective": means["loss"] * self.beta**self.loss.beta_power,
-            "credit_std": (square - credit**2).clamp(min=0).sqrt(),
+            **window_curves(means, self.loss.beta_power, self.beta),
             "grad_norm": norm,
             "samples": float(self.progress.samples),
             "tokens_per_second": tokens / max(now - self.progress.clock, 1e-9),
@@ -383,17 +330,7 @@ class InverseQStar(LightningModule):
         samples = self._gathered(self._val_samples)
         if not samples:
             return
-        metrics = {name: float(value) for name, value in self.val_means.compute().items()}
-        scores = [s.score for s in samples if not math.isnan(s.score)]
-        cut = sum(s.truncated for s in samples) / len(samples)
-        metrics |= {
-            "response_length": sum(s.tokens for s in samples) / len(samples),
-            "truncation_rate": cut,
-            "eos_rate": 1 - cut,
-            "distinct_2": distinct_n([s.response for s in samples], 2),
-        }
-        if self.judge is not None:
-            metrics["judge"] = sum(scores) / len(scores) if scores else float("nan")
+        metrics = evaluation_metrics(samples, self.val_means.compute(), self.judge is not None)
         self.evaluations.append(
             Evaluation(step=self.global_step, metrics=metrics, samples=tuple(samples))
         )
@@ -412,39 +349,14 @@ class InverseQStar(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """One response to each prompt, with the credit of each of its tokens.
-
-        Returns:
-            Rows of ``prompt``, ``response``, ``tokens`` (text of each), ``credits`` (A*, in units
-            of β), ``implied`` (β log π_θ/π_ref), ``truncated``.
-        """
+        """Responses with the credit of each token (:func:`iqstar.assignment.credit_rows`)."""
         assert self.policy is not None
         seed = rollout_seed(self.seed, batch_idx, self.global_rank)
-        rows = []
-        for micro in self.collect(batch.prompts, seed):
-            scorer = RolloutScorer(self.policy, [micro.rollout], self.temperature)
-            implied = (scorer.behaviour() - micro.tokens.reference) * self.beta
-            lengths = micro.rollout.lengths.tolist()
-            columns = zip(
-                micro.rollout.prompts,
-                micro.tokens.actions.split(lengths),
-                (micro.tokens.credit * self.beta).split(lengths),
-                implied.split(lengths),
-                micro.rollout.truncated.tolist(),
-                strict=True,
-            )
-            for prompt, ids, credit, gained, cut in columns:
-                rows.append(
-                    {
-                        "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
-                        "response": self.chat.decode(ids.tolist()),
-                        "tokens": [self.chat.tokenizer.decode([i]) for i in ids.tolist()],
-                        "credits": [round(c, 6) for c in credit.tolist()],
-                        "implied": [round(c, 6) for c in gained.tolist()],
-                        "truncated": cut,
-                    }
-                )
-        return rows
+        return [
+            row
+            for micro in self.collect(batch.prompts, seed)
+            for row in credit_rows(self.policy, micro, self.beta, self.temperature)
+        ]
 
     # -- checkpoints -------------------------------------------------------------------------
 
@@ -455,7 +367,10 @@ class InverseQStar(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what has been done and measured so far."""
-        checkpoint["iqstar"] = {"progress": vars(self.progress), "evaluations": self.evaluations}
+        checkpoint["iqstar"] = {
+            "progress": asdict(self.progress),
+            "evaluations": [asdict(e) for e in self.evaluations],
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint holds every trained weight, and takes up its records."""
@@ -467,7 +382,10 @@ class InverseQStar(LightningModule):
             )
         if "iqstar" in checkpoint:
             self.progress = Progress(**checkpoint["iqstar"]["progress"])
-            self.evaluations = list(checkpoint["iqstar"]["evaluations"])
+            self.evaluations = [
+                Evaluation(**{**e, "samples": tuple(Sample(**s) for s in e["samples"])})
+                for e in checkpoint["iqstar"]["evaluations"]
+            ]
 
     # -- small helpers -----------------------------------------------------------------------
 
@@ -496,32 +414,3 @@ class InverseQStar(LightningModule):
             "checkpoint is intact. Lower model.optimizer.init_args.lr, set "
             "trainer.gradient_clip_val, or use trainer.precision: 32-true"
         )
-
-
-@dataclass
-class Progress:
-    """What a run has done so far.
-
-    Args:
-        rollouts: Rollouts made by each rank.
-        samples: Responses sampled by all ranks.
-        clock: When the last optimiser step ended, for the throughput.
-    """
-
-    rollouts: int = 0
-    samples: int = 0
-    clock: float = field(default_factory=time.perf_counter)
-
-
-TRAIN_MEANS = (
-    "loss",
-    "credit",
-    "credit_square",
-    "implied_reward",
-    "kl",
-    "entropy",
-    "response_length",
-    "truncation_rate",
-    "eos_rate",
-)
-"""Quantities of every loss, so that a rank without tokens synchronises the same states."""

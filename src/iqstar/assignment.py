@@ -1,0 +1,128 @@
+"""Automatic reward assignment: from a rollout to the credit of each of its tokens (method §2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from iqstar.credit import CreditTransform
+from iqstar.distributions import TokenDistributions
+from iqstar.estimators import OptimalPolicyEstimator
+from iqstar.mdp import Rollout, TokenCredits, TokenSequences
+from iqstar.policy import Policy
+from iqstar.scoring import RolloutScorer, token_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Rows that are trained on together, with all that is known of them before the update.
+
+    Args:
+        rollout: The rows.
+        sequences: The policy's inputs.
+        tokens: Credit of every response token.
+        target: log π̂* at every response token.
+    """
+
+    rollout: Rollout
+    sequences: TokenSequences
+    tokens: TokenCredits
+    target: TokenDistributions
+
+
+def assign_credit(
+    policy: Policy,
+    rollout: Rollout,
+    estimator: OptimalPolicyEstimator,
+    transforms: Sequence[CreditTransform],
+    *,
+    temperature: float,
+    micro_batch_size: int,
+    needs_behaviour: bool,
+    seed: int,
+) -> list[MicroBatch]:
+    """Scores a rollout under the frozen models and assigns A*/β = log π̂* − log π_ref (4).
+
+    Args:
+        policy: The policy and its reference.
+        rollout: The responses.
+        estimator: Of the optimal policy π̂*.
+        transforms: Applied to the credits, in order.
+        temperature: Of all scoring.
+        micro_batch_size: Rows that are trained on together; they are scored together too.
+        needs_behaviour: Whether to score the policy itself, at the rollout's weights.
+        seed: For estimators that draw at random.
+    """
+    rows = [
+        rollout.rows(start, start + micro_batch_size)
+        for start in range(0, len(rollout), micro_batch_size)
+    ]
+    scorer = RolloutScorer(policy, rows, temperature)
+    reference = scorer.reference()
+    target = estimator.estimate(scorer, reference, seed)
+
+    # Window by window, because the policy's own scoring will cut its chunks at the same places.
+    bounds = list(accumulate((len(s.predictors) for s in scorer.sequences), initial=0))
+    log_ref, log_opt = [], []
+    for row, (start, stop) in zip(rows, pairwise(bounds), strict=True):
+        log_ref.append(reference.window(start, stop).at(row.actions))
+        same = target is reference
+        log_opt.append(log_ref[-1] if same else target.window(start, stop).at(row.actions))
+    tokens = TokenCredits(
+        actions=torch.cat([row.actions for row in rows]),
+        reference=torch.cat(log_ref),
+        credit=torch.cat(log_opt) - torch.cat(log_ref),
+        weight=torch.ones_like(torch.cat(log_ref)),
+        behaviour=scorer.behaviour() if needs_behaviour else None,
+    )
+    positions = torch.cat([token_positions(row) for row in rows])
+    for transform in transforms:
+        tokens = transform.apply(tokens, positions)
+    return [
+        MicroBatch(
+            rollout=row,
+            sequences=sequences,
+            tokens=tokens[start:stop],
+            target=target.window(start, stop),
+        )
+        for row, sequences, (start, stop) in zip(
+            rows, scorer.sequences, pairwise(bounds), strict=True
+        )
+    ]
+
+
+def credit_rows(policy: Policy, micro: MicroBatch, beta: float, temperature: float) -> list[dict]:
+    """The responses of a micro-batch with the credit of each token, as plain JSON values.
+
+    Returns:
+        Rows of ``prompt`` (its messages), ``response``, ``tokens`` (the text of each),
+        ``credits`` (A*, in units of β), ``implied`` (r_θ = β log π_θ/π_ref), ``truncated``.
+    """
+    chat = policy.actor.chat
+    now = RolloutScorer(policy, [micro.rollout], temperature).behaviour()
+    lengths = micro.rollout.lengths.tolist()
+    columns = zip(
+        micro.rollout.prompts,
+        micro.tokens.actions.split(lengths),
+        (micro.tokens.credit * beta).split(lengths),
+        ((now - micro.tokens.reference) * beta).split(lengths),
+        micro.rollout.truncated.tolist(),
+        strict=True,
+    )
+    rows: list[dict[str, Any]] = []
+    for prompt, ids, credit, implied, truncated in columns:
+        rows.append(
+            {
+                "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+                "response": chat.decode(ids.tolist()),
+                "tokens": [chat.tokenizer.decode([i]) for i in ids.tolist()],
+                "credits": [round(c, 6) for c in credit.tolist()],
+                "implied": [round(c, 6) for c in implied.tolist()],
+                "truncated": truncated,
+            }
+        )
+    return rows

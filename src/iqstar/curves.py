@@ -1,0 +1,82 @@
+"""What training shows: sums over the tokens of a micro-batch, and the curves of a window.
+
+docs/curves.md says what each curve means. Means are over all response tokens (or responses) of
+the accumulation window on all ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from iqstar.assignment import MicroBatch
+from iqstar.logprobs import entropy, sampled_kl, token_logprobs
+from iqstar.mdp import TokenCredits
+
+TRAIN_MEANS = (
+    "loss",
+    "credit",
+    "credit_square",
+    "implied_reward",
+    "kl",
+    "entropy",
+    "response_length",
+    "truncation_rate",
+    "eos_rate",
+)
+"""Quantities of every loss, so that a rank without tokens synchronises the same states."""
+
+
+@torch.no_grad()
+def token_metrics(
+    logits: Float[Tensor, "chunk vocab"], tokens: TokenCredits, beta: float
+) -> dict[str, Float[Tensor, " chunk"]]:
+    """Per token: implied reward β log π_θ/π_ref, sampled KL to the reference, entropy (nats)."""
+    logprobs = token_logprobs(logits, tokens.actions)
+    return {
+        "implied_reward": beta * (logprobs - tokens.reference),
+        "kl": sampled_kl(logprobs, tokens.reference),
+        "entropy": entropy(logits.log_softmax(dim=-1)),
+    }
+
+
+def micro_batch_sums(
+    micro: MicroBatch, loss: Tensor, sums: dict[str, Tensor], beta: float
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(sum, count) of every quantity over a micro-batch.
+
+    Args:
+        micro: The micro-batch.
+        loss: Sum of the weighted losses of its tokens.
+        sums: Sums over its tokens of what the loss and :func:`token_metrics` measured.
+        beta: Unit of credit.
+    """
+    count = loss.new_tensor(float(len(micro.tokens)))
+    responses = loss.new_tensor(float(len(micro.rollout)))
+    credit = beta * micro.tokens.credit.double()
+    truncated = micro.rollout.truncated.sum()
+    return {
+        "loss": (loss, micro.tokens.weight.sum()),
+        "credit": (credit.sum(), count),
+        "credit_square": ((credit**2).sum(), count),
+        "response_length": (micro.rollout.lengths.sum(), responses),
+        "truncation_rate": (truncated, responses),
+        "eos_rate": (responses - truncated, responses),
+        **{name: (value, count) for name, value in sums.items()},
+    }
+
+
+def window_curves(means: dict[str, Tensor], beta_power: int, beta: float) -> dict[str, Tensor]:
+    """The curves of an optimiser step, from the means over its window.
+
+    Args:
+        means: By name, :data:`TRAIN_MEANS` and those of the loss.
+        beta_power: The loss of method §4 is β to this power times the one optimised.
+        beta: Unit of credit.
+    """
+    curves = {name: value for name, value in means.items() if name != "credit_square"}
+    variance = means["credit_square"] - means["credit"] ** 2
+    curves["credit_std"] = variance.clamp(min=0).sqrt()
+    curves["objective"] = means["loss"] * beta**beta_power
+    return curves
