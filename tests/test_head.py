@@ -1,0 +1,160 @@
+"""The chunked LM head against the version that holds all logits."""
+
+import pytest
+import torch
+
+from iqstar.distributions import HeadDistributions
+from iqstar.head import CHUNK, LanguageHead, chunks, head_loss
+from iqstar.logprobs import forward_kl, generalized_jsd, reverse_kl, token_logprobs
+
+TOKENS, DIM, ROWS, VOCAB = 11, 6, 20, 17
+HEADS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.3},
+    "softcap": {"softcap": 4.0},
+    "temperature": {"temperature": 0.6},
+    "all": {"bias": True, "scale": 1.7, "softcap": 5.0, "temperature": 1.3},
+}
+heads = pytest.mark.parametrize("name", list(HEADS))
+
+
+def random(seed, *shape, dtype=torch.float64):
+    gen = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)
+
+
+def setting(name, dtype=torch.float64):
+    """Hidden states and a head with padded rows, all of which want a gradient."""
+    options = dict(HEADS[name])
+    bias = random(2, ROWS, dtype=dtype).requires_grad_() if options.pop("bias", False) else None
+    weight = random(1, ROWS, DIM, dtype=dtype).requires_grad_()
+    head = LanguageHead(weight=weight, bias=bias, vocab_size=VOCAB, **options)
+    return random(0, TOKENS, DIM, dtype=dtype).requires_grad_(), head
+
+
+def naive_logits(hidden, head):
+    logits = hidden @ head.weight.T + (0 if head.bias is None else head.bias)
+    logits = logits[:, : head.vocab_size] * head.scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return logits / head.temperature
+
+
+def imitation(logits, index):
+    """Squared error at one token plus a divergence, so that every logit has a gradient."""
+    target = random(3, TOKENS, VOCAB, dtype=logits.dtype).log_softmax(-1)[index]
+    logprobs = token_logprobs(logits, index % VOCAB)
+    return (logprobs + 1) ** 2 + reverse_kl(logits, target), {"logprob": logprobs.detach()}
+
+
+def gradients(value, hidden, head):
+    wanted = [t for t in (hidden, head.weight, head.bias) if t is not None]
+    return torch.autograd.grad(value, wanted)
+
+
+@heads
+@pytest.mark.parametrize("chunk", [1, 4, CHUNK])
+def test_loss_and_every_gradient_equal_those_of_the_full_logits(name, chunk):
+    hidden, head = setting(name)
+    total, metrics = head_loss(hidden, head, imitation, chunk=chunk)
+    losses, parts = imitation(naive_logits(hidden, head), torch.arange(TOKENS))
+    torch.testing.assert_close(total, losses.sum(), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(metrics["logprob"], parts["logprob"].sum(), atol=1e-12, rtol=0)
+    pairs = zip(gradients(total, hidden, head), gradients(losses.sum(), hidden, head), strict=True)
+    for ours, naive in pairs:
+        torch.testing.assert_close(ours, naive, atol=1e-12, rtol=1e-12)
+
+
+def test_padded_rows_get_no_gradient_and_no_probability():
+    hidden, head = setting("bias")
+    _, weight, bias = gradients(head_loss(hidden, head, imitation)[0], hidden, head)
+    assert torch.count_nonzero(weight[VOCAB:]) == torch.count_nonzero(bias[VOCAB:]) == 0
+    prepared = HeadDistributions(hidden.detach(), head.prepared())
+    logprobs = prepared.logprobs(torch.arange(TOKENS))
+    assert logprobs.shape == (TOKENS, VOCAB)
+    torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(TOKENS).double())
+
+
+def test_the_logits_of_a_chunk_are_all_that_ever_exists():
+    hidden, head = setting("plain")
+    seen = []
+
+    def spy(logits, index):
+        seen.append(tuple(logits.shape))
+        return imitation(logits, index)
+
+    head_loss(hidden, head, spy, chunk=4)
+    assert seen == [(4, VOCAB), (4, VOCAB), (3, VOCAB)]
+
+
+def test_the_gradient_from_above_is_multiplied_in():
+    hidden, head = setting("all")
+    once = gradients(head_loss(hidden, head, imitation)[0], hidden, head)
+    thrice = gradients(3 * head_loss(hidden, head, imitation)[0], hidden, head)
+    for one, three in zip(once, thrice, strict=True):
+        torch.testing.assert_close(three, 3 * one)
+
+
+def test_without_gradient_the_loss_is_the_same():
+    hidden, head = setting("all")
+    with torch.no_grad():
+        total, _ = head_loss(hidden, head, imitation)
+    assert not total.requires_grad
+    torch.testing.assert_close(total, head_loss(hidden, head, imitation)[0].detach())
+
+
+def test_a_frozen_head_passes_the_gradient_on_and_takes_none():
+    """LoRA: the head is frozen, the hidden states are not."""
+    hidden, head = setting("plain")
+    head.weight.requires_grad_(False)
+    (frozen,) = torch.autograd.grad(head_loss(hidden, head, imitation)[0], hidden)
+    head.weight.requires_grad_(True)
+    (free,) = torch.autograd.grad(head_loss(hidden, head, imitation)[0], hidden)
+    assert torch.equal(frozen, free)
+
+
+def test_no_token_makes_a_loss_of_zero():
+    hidden, head = setting("bias")
+    total, _ = head_loss(hidden[:0], head, imitation)
+    assert total == 0
+    for grad in gradients(total, hidden, head):
+        assert torch.count_nonzero(grad) == 0
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16-autocast"])
+@pytest.mark.parametrize("divergence", [reverse_kl, forward_kl, generalized_jsd])
+def test_a_target_from_the_same_head_leaves_exactly_no_gradient(autocast, divergence):
+    """The policy's and the frozen model's logits are the same bits, so their divergence is 0."""
+    hidden, head = setting("all", torch.float32)
+    extra = (0.5,) if divergence is generalized_jsd else ()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        frozen = HeadDistributions(hidden.detach().clone(), head.prepared())
+        total, _ = head_loss(
+            hidden, head, lambda z, i: (divergence(z, frozen.logprobs(i), *extra), {}), chunk=4
+        )
+    for grad in gradients(total, hidden, head):
+        assert torch.count_nonzero(grad) == 0
+    assert total == 0
+
+
+def test_under_autocast_products_are_bf16_and_everything_after_is_fp32():
+    hidden, head = setting("all", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        prepared = head.prepared()
+        logits = prepared.logits(hidden.detach())
+        total, _ = head_loss(hidden, head, imitation)
+    assert prepared.weight.dtype == torch.bfloat16
+    assert logits.dtype == total.dtype == torch.float32
+    grads = gradients(total, hidden, head)
+    assert {g.dtype for g in grads} == {torch.float32}
+    exact = gradients(head_loss(hidden, head, imitation)[0], hidden, head)
+    for ours, wanted in zip(grads, exact, strict=True):
+        assert (ours - wanted).norm() / wanted.norm() < 2e-2  # bf16 has 8 bits: 2⁻⁸ ≈ 4e-3 each
+
+
+def test_chunks_cover_every_token_once_and_in_order():
+    for tokens in (0, 1, CHUNK, CHUNK + 1, 3 * CHUNK):
+        parts = chunks(tokens, torch.device("cpu"))
+        assert torch.equal(torch.cat(parts), torch.arange(tokens))
+        assert max(len(p) for p in parts) <= CHUNK
