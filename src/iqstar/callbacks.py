@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -65,6 +66,35 @@ def markdown_table(evaluation: Evaluation, per_prompt: int, rows: int) -> str:
         )
         lines.append(f"| {prompt} | {response} | {sample.score:.2f} |")
     return "\n".join(lines)
+
+
+class KLLimit(Callback):
+    """Stops a run whose policy has moved too far from the reference; it still evaluates and exports.
+
+    Args:
+        limit: Largest mean of ``train/kl`` over the last steps, nats per token; null for none.
+        steps: Optimiser steps that are averaged.
+    """
+
+    def __init__(self, limit: float | None = None, steps: int = 5) -> None:
+        if (limit is not None and limit <= 0) or steps < 1:
+            raise InputError(
+                f"kl: limit must be positive or null and steps at least 1, got {limit} and {steps}"
+            )
+        self.limit = limit
+        self._recent: deque[float] = deque(maxlen=steps)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Looks at the newest optimiser step."""
+        if self.limit is None or "train/kl" not in trainer.callback_metrics:
+            return
+        self._recent.append(float(trainer.callback_metrics["train/kl"]))
+        mean = sum(self._recent) / len(self._recent)
+        if len(self._recent) == self._recent.maxlen and mean > self.limit:
+            rank_zero_info(f"Stopping: train/kl is {mean:.3f}, above kl.limit={self.limit}")
+            trainer.should_stop = True
 
 
 class RunSummary(Callback):
