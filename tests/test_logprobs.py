@@ -115,7 +115,7 @@ def test_jsd_of_disjoint_distributions_is_log_2():
 
 
 def test_entropy_by_hand():
-    """log 4 over four equal tokens, also if a fifth is impossible; 0 for a certain one."""
+    """Log 4 over four equal tokens, also if a fifth is impossible; 0 for a certain one."""
     inf = math.inf
     rows = torch.tensor([[0.0, 0, 0, 0, -inf], [0, -inf, -inf, -inf, -inf]]).double()
     expected = torch.tensor([math.log(4), 0.0], dtype=torch.float64)
