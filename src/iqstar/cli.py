@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -54,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 3)
     except InputError as error:
         return _fail(error, 2)
+    except SystemExit as stop:  # after --help or --print_config
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         sys.stderr.write("iqstar: interrupted\n")
         return 1
@@ -85,7 +86,7 @@ def _run(arguments: list[str]) -> int:
     _quiet()
     from iqstar.training_cli import run_training
 
-    run_training(command, rest)
+    run_training(command, rest, TRAINING[command])
     return 0
 
 
@@ -98,14 +99,6 @@ def _fail(error: InputError, code: int) -> int:
 def _quiet() -> None:
     """Leaves out what says nothing to a user of this command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*srun.*",
-        ".*LightningCLI's args parameter.*",
-        ".*litlogger.*",
-        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
-    ):
-        warnings.filterwarnings("ignore", pattern)
     logging.getLogger("iqstar").setLevel(logging.INFO)
     if not logging.getLogger("iqstar").handlers:
         handler = logging.StreamHandler()

@@ -2,50 +2,91 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
+import logging
 import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from jsonargparse import ArgumentError
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.multiprocessing import ProcessRaisedException
 
-import iqstar.credit
-import iqstar.estimators
-import iqstar.judges
-import iqstar.losses
-import iqstar.optim
-import iqstar.rollouts
 from iqstar.callbacks import PredictionWriter, RunSummary, SampleTable
 from iqstar.data import PromptDataModule
-from iqstar.errors import InputError
+from iqstar.errors import InputError, NonFiniteLossError
 from iqstar.module import InverseQStar
+from iqstar.settings import CONFIG_FLAGS, Explainer, Setting, read_settings
 
-CLASSES = (iqstar.estimators, iqstar.losses, iqstar.rollouts, iqstar.judges, iqstar.credit)
-"""Modules whose classes a config may name."""
+ROOTS = {
+    "model": InverseQStar,
+    "data": PromptDataModule,
+    "trainer": Trainer,
+    "checkpoint": ModelCheckpoint,
+    "summary": RunSummary,
+    "samples": SampleTable,
+    "predictions": PredictionWriter,
+}
+"""Top-level keys of a config, and the classes that take what is below them."""
+
+HELP = """{purpose}
+
+Settings come from YAML files and from the command line, which wins; a later file wins over an
+earlier one. A file may hold one part: --model.estimator configs/estimator/placebo.yaml
+
+  --model.help                        the method's settings
+  --model.estimator.help CLASS        those of a part: estimator, loss, rollout, schedule, judge
+  --data.help CLASS                   those of a data set: HHRLHF, BeaverTails, JSONL, Sample
+  --print_config                      what a run would use, as YAML
+
+In YAML a part's settings stand below init_args; here it may be left out: --model.beta 2,
+--model.estimator.strength 2, --data.path FILE."""
 
 
-def run_training(command: str, arguments: list[str]) -> None:
+def run_training(command: str, arguments: list[str], purpose: str = "") -> None:
     """Runs one of Lightning's sub-commands.
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         arguments: What follows it on the command line.
+        purpose: What the command does, for its help.
 
     Raises:
         InputError: For bad input of any kind.
     """
-    _check_arguments(command, arguments)
-    try:
-        IQStarCLI(
+    settings = read_settings(arguments)
+    names = {a.partition("=")[0] for a in arguments}
+    wants_help = any(n == "-h" or n.endswith("help") for n in names)
+    if not (names & {*CONFIG_FLAGS, "--model"} or wants_help):
+        raise InputError(
+            f"iqstar {command} needs --config FILE, for example: "
+            f"iqstar {command} --config configs/quickstart.yaml"
+        )
+
+    class OneCommandCLI(IQStarCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {command: LightningCLI.subcommands()[command]}
+
+    with readable_errors(settings), less_chatter():
+        OneCommandCLI(
             InverseQStar,
             PromptDataModule,
             trainer_class=Trainer,
-            parser_class=Parser,
+            parser_kwargs={
+                "exit_on_error": False,
+                command: {
+                    "description": HELP.format(purpose=purpose),
+                    "usage": f"iqstar {command} --config FILE [--KEY VALUE ...]",
+                },
+            },
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
@@ -57,6 +98,7 @@ def run_training(command: str, arguments: list[str]) -> None:
                 "num_sanity_val_steps": -1,
                 "log_every_n_steps": 1,
                 "gradient_clip_val": 1.0,
+                "enable_model_summary": False,
                 "logger": {
                     "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                     "init_args": {"save_dir": "runs", "name": "iqstar"},
@@ -64,8 +106,6 @@ def run_training(command: str, arguments: list[str]) -> None:
             },
             args=[command, *arguments],
         )
-    except MisconfigurationException as error:
-        raise InputError(f"trainer: {error}") from error
 
 
 def default_precision() -> str:
@@ -76,12 +116,17 @@ def default_precision() -> str:
     return "bf16-mixed" if fast is not None and fast() else "32-true"
 
 
-class Parser(LightningArgumentParser):
-    """A parser whose errors are one line with the nearest right thing."""
+class ProgressBar(RichProgressBar):
+    """Lightning's Rich progress bar, in optimiser steps rather than endless epochs."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises what jsonargparse found wrong as an :class:`InputError`."""
-        raise explain(message) from ex
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{'Training':{len(self.validation_description)}}"
+
+    def get_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loss and KL, without the run's version number."""
+        metrics: dict[str, Any] = super().get_metrics(*args, **kwargs)
+        metrics.pop("v_num", None)
+        return metrics
 
 
 class IQStarCLI(LightningCLI):
@@ -93,10 +138,8 @@ class IQStarCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks of every run, and one seed for all."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(RunSummary, "summary")
-        parser.add_lightning_class_args(SampleTable, "samples")
-        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        for key in ("checkpoint", "summary", "samples", "predictions"):
+            parser.add_lightning_class_args(ROOTS[key], key)
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,
@@ -107,62 +150,108 @@ class IQStarCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:
-        """Leaves a checkpoint's own settings alone: command line > config."""
+        """Checks that the checkpoint is one; its own settings are left alone."""
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is None or path in ("best", "last", "hpc") or str(path).startswith("registry"):
+            return
+        if not Path(path).exists():
+            raise InputError(
+                f"--ckpt_path: {path} does not exist; give a .ckpt file of an earlier run, "
+                "such as runs/quickstart/version_0/checkpoints/last.ckpt"
+            )
+        if Path(path).is_file() and not zipfile.is_zipfile(path):
+            raise InputError(f"--ckpt_path: {path} is no checkpoint, or a damaged one")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Fills in what depends on the machine and on other settings."""
         config["precision"] = config.get("precision") or default_precision()
         if config.get("enable_progress_bar") is not False:
-            callbacks = [*callbacks, RichProgressBar()]
+            callbacks = [*callbacks, ProgressBar()]
         if config.get("enable_checkpointing") is False:
             callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except ValueError as error:  # an unknown strategy, precision, …
+            raise InputError(f"trainer: {error}; see iqstar fit --help") from error
 
 
-def _check_arguments(command: str, arguments: list[str]) -> None:
-    """Missing and unreadable configs, before a parser is built."""
-    asked = [a for a in arguments if a.split("=")[0] in ("--config", "-c")]
-    wants_help = any(a in ("-h", "--help") or ".help" in a for a in arguments)
-    if not asked and not wants_help and not any(a.startswith("--model") for a in arguments):
+@contextmanager
+def readable_errors(settings: list[Setting]) -> Iterator[None]:
+    """Whatever is the user's to mend becomes an InputError; what is ours keeps its traceback.
+
+    Args:
+        settings: What the user set, to point at.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except ArgumentError as error:
+        keys = [*ROOTS, "seed_everything", "ckpt_path", "weights_only", "config"]
+        raise Explainer(settings, ROOTS, keys).explain(error.message) from error
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {error}") from error
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
         raise InputError(
-            f"iqstar {command} needs --config FILE, for example: "
-            f"iqstar {command} --config configs/quickstart.yaml"
+            f"{error.filename or 'a file'}: {error.strerror or error}; check that the place exists "
+            "and can be written (trainer.logger.init_args.save_dir names the run's folder)"
+        ) from error
+    except Exception as error:
+        if inner := _input_error(error):
+            raise inner from error
+        raise
+
+
+def _input_error(error: BaseException) -> InputError | None:
+    """The InputError inside an exception of a library that wrapped it."""
+    if isinstance(error, ProcessRaisedException):  # of another process: only its text is here
+        found = re.findall(r"^iqstar\.errors\.(\w+): (.+)", str(error), flags=re.MULTILINE)
+        kinds = {"InputError": InputError, "NonFiniteLossError": NonFiniteLossError}
+        return kinds[found[-1][0]](found[-1][1]) if found and found[-1][0] in kinds else None
+    if "Error(s) in loading state_dict for InverseQStar" in str(error):
+        first = next((p for p in str(error).split("\n\t")[1:]), "").strip()
+        return InputError(
+            f"--ckpt_path: the checkpoint does not fit the model ({first}); give one of the same "
+            "model.policy"
         )
-    for i, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name in ("--config", "-c"):
-            file = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
-            if not file or file.startswith("-"):
-                raise InputError(f"{name}: no file is given; write {name} FILE")
-            if not Path(file).is_file():
-                raise InputError(f"{name}: {file} does not exist or is not a file")
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, InputError):
+        cause = cause.__cause__
+    return cause
 
 
-def explain(message: str) -> InputError:
-    """Shortens a parser's message to what is wrong, and adds the nearest right thing."""
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", message).split())
-    if match := re.search(r"Unexpected (?:key|keys?)?:? ?['\"]?([\w.]+)", text):
-        return InputError(_nearest_key(match[1], text))
-    if match := re.search(r"[Kk]ey ['\"]([\w.]+)['\"] is not expected", text):
-        return InputError(_nearest_key(match[1], text))
-    if match := re.search(r"Unrecognized arguments?:? (\S+)", text):
-        return InputError(_nearest_key(match[1].lstrip("-").partition("=")[0], text))
-    return InputError(text)
+CHATTER = (
+    "GPU available: False",
+    "TPU available",
+    "💡",
+    "`Trainer.fit` stopped: `max_steps=",
+    "Restoring states from",
+)
+"""How Lightning's messages begin that tell a user of this command nothing."""
 
 
-def _nearest_key(key: str, text: str) -> str:
-    del text
-    known = known_keys()
-    name = key.rpartition(".")[2]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "see iqstar fit --help"
-    return f"unknown key {key}; {hint}"
+@contextmanager
+def less_chatter() -> Iterator[None]:
+    """Leaves out Lightning's messages and warnings that say nothing here."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(_is_useful)
+    try:
+        with warnings.catch_warnings():
+            for pattern in (
+                ".*does not have many workers.*",
+                ".*srun.*",
+                ".*LightningCLI's args parameter.*",
+                ".*module\\(s\\) in eval mode at the start of training.*",
+                ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+                ".*Checkpoint directory .* exists and is not empty.*",
+            ):
+                warnings.filterwarnings("ignore", pattern)
+            yield
+    finally:
+        logger.removeFilter(_is_useful)
 
 
-def known_keys() -> list[str]:
-    """Names of all settings of all classes a config may use."""
-    classes: list[Any] = [InverseQStar, Trainer, ModelCheckpoint, RunSummary, PromptDataModule]
-    for module in CLASSES:
-        classes += [c for c in vars(module).values() if inspect.isclass(c)]
-    classes += [iqstar.policy.PolicySpec, iqstar.policy.LoRASpec]
-    return sorted({name for cls in classes for name in inspect.signature(cls).parameters})
+def _is_useful(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(CHATTER)
