@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from iqstar.policy import CausalLM, load_frozen
 KEY = "model.estimator.init_args"
 
 
+@runtime_checkable
 class FrozenScorer(Protocol):
     """What an estimator may ask of a rollout; :class:`iqstar.scoring.RolloutScorer` is one."""
 

@@ -49,9 +49,11 @@ class Prompt:
     complete: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
 class PromptBatch:
     """What a data loader yields: prompts, and which training step on them this is.
+
+    No dataclass: Lightning's half and double precisions walk through those in a batch, and fail
+    at frozen ones.
 
     Args:
         prompts: The prompts of one rollout on this rank.
@@ -61,10 +63,22 @@ class PromptBatch:
         last: Whether no further prompts follow in this epoch.
     """
 
-    prompts: tuple[Prompt, ...]
-    step: int = 0
-    steps: int = 1
-    last: bool = False
+    __slots__ = ("last", "prompts", "step", "steps")
+
+    def __init__(
+        self, *, prompts: tuple[Prompt, ...], step: int = 0, steps: int = 1, last: bool = False
+    ) -> None:
+        self.prompts = prompts
+        self.step = step
+        self.steps = steps
+        self.last = last
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PromptBatch):
+            return NotImplemented
+        return all(getattr(self, n) == getattr(other, n) for n in self.__slots__)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,239 @@
+"""Identity 5 of method §7: however a batch is cut, over micro-batches or processes, one gradient.
+
+Two gloo processes are started once; they make all two-process runs and leave them in files.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from fitting import LORA, LOSSES, ask, distance, fit, make_module, sgd
+from iqstar import InverseQStar
+from iqstar.credit import Whiten
+from iqstar.mdp import TokenCredits
+from iqstar.rollouts import DatasetRollout
+
+LONG = "The ring and the thing you saw are on the land and in the air and in the other inn"
+#: Dealt out in turn: the first process gets the long responses, the second nearly none. Twelve
+#: make a window of eight and a short one of four.
+RESPONSES = [LONG[: 80 - 5 * i] if i % 2 == 0 else "a" for i in range(12)]
+PROMPTS = tuple(
+    ask("Go on." * (1 + i % 3), text, complete=i % 2 == 0) for i, text in enumerate(RESPONSES)
+)
+PRECISIONS = {"float32": ("32-true", 1e-5), "float64": ("64-true", 1e-10)}
+#: How a batch of eight can be cut on one process and on two.
+ALONE = {
+    "8": {"batch_size": 8},
+    "8 x 1 accumulated": {"batch_size": 8, "micro": 1, "accumulate_grad_batches": 8},
+    "2 x 4 accumulated": {"batch_size": 8, "micro": 4, "accumulate_grad_batches": 2},
+}
+PAIRED = {
+    "2 processes x 4": {"batch_size": 4},
+    "2 processes x 2 x 2": {"batch_size": 4, "micro": 2, "accumulate_grad_batches": 2},
+}
+
+
+class LocalMean(InverseQStar):
+    """Fault: every process divides by its own number of tokens."""
+
+    def training_step(self, batch, batch_idx):
+        mine = self.rollout.roll_out(self.policy, batch.prompts, 1.0, 0).response_mask.sum().float()
+        everyone = mine.clone()
+        torch.distributed.all_reduce(everyone)
+        scaled = super().training_step(batch, batch_idx)
+        return scaled * (everyone / (mine * self.trainer.world_size)).to(scaled)
+
+
+class NoWorldSize(InverseQStar):
+    """Fault: DDP's division by the number of processes is not undone."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) / self.trainer.world_size
+
+
+class NoAccumulation(InverseQStar):
+    """Fault: Lightning's division by the accumulation is not undone."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) / self.trainer.accumulate_grad_batches
+
+
+def train(folder, dtype, cut, kind=InverseQStar, loss="reverse", lora=None, **options):
+    """Two optimiser steps of plain SGD on the fixed responses."""
+    cut = dict(cut)
+    torch.manual_seed(0)  # adapters start at random
+    module = make_module(
+        folder,
+        kind=kind,
+        spec={"dtype": dtype, "lora": lora},
+        loss=LOSSES[loss](),
+        rollout=DatasetRollout(max_new_tokens=80),
+        micro_batch_size=cut.pop("micro", None),
+        optimizer=sgd(0.05),
+        **options,
+    )
+    run = fit(module, PROMPTS, drop_last=False, precision=PRECISIONS[dtype][0], **cut)
+    return {name: getattr(run, name) for name in ("gradients", "weights", "losses", "curves")}
+
+
+#: name of a two-process run → its arguments
+RUNS = {
+    f"{dtype}, {name}": {"dtype": dtype, "cut": cut}
+    for dtype in PRECISIONS
+    for name, cut in PAIRED.items()
+} | {
+    "local mean": {"dtype": "float32", "cut": PAIRED["2 processes x 4"], "kind": LocalMean},
+    "no world size": {"dtype": "float32", "cut": PAIRED["2 processes x 4"], "kind": NoWorldSize},
+    "no accumulation": {
+        "dtype": "float32",
+        "cut": PAIRED["2 processes x 2 x 2"],
+        "kind": NoAccumulation,
+    },
+    "reward": {"dtype": "float64", "cut": PAIRED["2 processes x 2 x 2"], "loss": "reward"},
+    "adapters": {"dtype": "float64", "cut": PAIRED["2 processes x 2 x 2"], "lora": LORA},
+    "a process without tokens": {
+        "dtype": "float64",
+        "cut": PAIRED["2 processes x 4"],
+        "mask_truncated": True,
+    },
+}
+
+
+def credits(values):
+    credit = torch.tensor(values, dtype=torch.float64)
+    zero = torch.zeros_like(credit)
+    return TokenCredits(actions=zero.long(), reference=zero, credit=credit, weight=zero + 1)
+
+
+def work(rank: int, folder: str, out: str) -> None:
+    """One of two processes: all runs, and whitening of unequal shares."""
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = f"file://{out}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    runs = {}
+    for name, run in RUNS.items():
+        strategy = DDPStrategy(process_group_backend="gloo")
+        cut = {**run["cut"], "devices": 2, "strategy": strategy}
+        runs[name] = train(folder, **{**run, "cut": cut})
+    share = credits([[1.0, 2.0, 3.0, 10.0], [-4.0]][rank])
+    runs["whiten"] = Whiten().apply(share, torch.arange(len(share))).credit
+    torch.save(runs, Path(out, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def paired(tiny, tmp_path_factory):
+    """The runs of both processes."""
+    out = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(work, (str(tiny), str(out)), nprocs=2)
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny):
+    """The run that is the yardstick: one process, one batch of eight; computed once each."""
+    cache = {}
+
+    def run(dtype, loss="reverse", lora=None, **options):
+        key = (dtype, loss, lora is None, *options)
+        if key not in cache:
+            cache[key] = train(tiny, dtype, ALONE["8"], loss=loss, lora=lora, **options)
+        return cache[key]
+
+    return run
+
+
+def gaps(run, yardstick):
+    """The largest relative L2 distance of gradients and of weight changes, and of the losses."""
+    assert len(run["gradients"]) == len(yardstick["gradients"]) == 2  # a full and a short window
+    found = {
+        f"gradient {i}": distance(a, b)
+        for i, (a, b) in enumerate(zip(run["gradients"], yardstick["gradients"], strict=True))
+    }
+    a, b = run["weights"], yardstick["weights"]
+    found |= {f"change {i}": distance(a[i + 1] - a[0], b[i + 1] - b[0]) for i in (0, 1)}
+    for i, (ours, theirs) in enumerate(zip(run["losses"], yardstick["losses"], strict=True)):
+        found[f"loss {i}"] = abs(ours - theirs) / abs(theirs)
+    return found
+
+
+def check_same(run, yardstick, tolerance):
+    found = gaps(run, yardstick)
+    assert {name: gap for name, gap in found.items() if gap > tolerance} == {}
+
+
+def test_the_responses_are_of_very_unequal_length(tiny):
+    lengths = [len(r) for r in RESPONSES]
+    assert max(lengths) >= 80
+    assert sum(lengths[1::2]) < 0.03 * sum(lengths)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("name", list(ALONE)[1:])
+def test_accumulated_micro_batches_are_one_batch(tiny, whole, dtype, name):
+    check_same(train(tiny, dtype, ALONE[name]), whole(dtype), PRECISIONS[dtype][1])
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize("name", PAIRED)
+def test_two_processes_are_one_batch(paired, whole, dtype, name):
+    for rank in paired:
+        check_same(rank[f"{dtype}, {name}"], whole(dtype), PRECISIONS[dtype][1])
+
+
+def test_every_curve_is_a_global_mean(paired, whole):
+    """Not only the loss: lengths, rates, credit, KL, entropy and the gradient norm."""
+    timed = {"train/tokens_per_second"}
+    for rank in paired:
+        for name in PAIRED:
+            for ours, theirs in zip(
+                rank[f"float64, {name}"]["curves"], whole("float64")["curves"], strict=True
+            ):
+                assert ours.keys() == theirs.keys() > timed
+                for key in ours.keys() - timed:
+                    assert ours[key] == pytest.approx(theirs[key], rel=1e-6, abs=1e-9), key
+
+
+def test_sampled_credit_is_one_batch_too(paired, whole):
+    for rank in paired:
+        check_same(rank["reward"], whole("float64", "reward"), 1e-10)
+
+
+def test_adapters_are_one_batch_too(paired, whole):
+    for rank in paired:
+        check_same(rank["adapters"], whole("float64", lora=LORA), 1e-10)
+
+
+def test_a_process_without_a_single_token_takes_part(paired, whole):
+    """All of the second process's responses are cut and masked out."""
+    yardstick = whole("float64", mask_truncated=True)
+    for rank in paired:
+        check_same(rank["a process without tokens"], yardstick, 1e-10)
+
+
+@pytest.mark.parametrize("fault", ["local mean", "no world size", "no accumulation"])
+def test_a_planted_fault_is_found(paired, whole, fault):
+    """The comparison above is sharp: each fault moves gradient and weights by far more."""
+    found = gaps(paired[0][fault], whole("float32"))
+    assert found["gradient 0"] > 0.1
+    assert found["change 0"] > 0.1
+
+
+def test_a_missing_accumulation_factor_is_found_on_one_process(tiny, whole):
+    run = train(tiny, "float32", ALONE["8 x 1 accumulated"], kind=NoAccumulation)
+    assert gaps(run, whole("float32"))["gradient 0"] == pytest.approx(7 / 8, rel=1e-4)
+
+
+def test_whitening_is_over_all_processes(paired):
+    """Credits 1, 2, 3, 10 here and −4 there: mean 12/5, variance 130/5 − 144/25 = 20.24."""
+    together = torch.cat([rank["whiten"] for rank in paired])
+    expected = (torch.tensor([1.0, 2, 3, 10, -4]).double() - 2.4) / 20.24**0.5
+    torch.testing.assert_close(together, expected, atol=1e-12, rtol=0)
+    assert together.mean().item() == pytest.approx(0, abs=1e-12)
+    assert together.std(correction=0).item() == pytest.approx(1, abs=1e-12)
