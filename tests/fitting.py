@@ -115,6 +115,7 @@ class Recorder(Callback):
         self.losses: list[float] = []
         self.curves: list[dict[str, float]] = []
         self.weights: list[Tensor] = []
+        self.objective = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         self.weights.append(flat(trained(pl_module)))
@@ -125,6 +126,8 @@ class Recorder(Callback):
         self.gradients.append(flat(dict(enumerate(grads))))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        # Curves are logged in float32; this is the sum of what was differentiated, in full.
+        self.objective += float(args[0]["loss"]) / trainer.accumulate_grad_batches
         if len(self.losses) < trainer.global_step:
             curves = {k: float(v) for k, v in trainer.callback_metrics.items()}
             self.losses.append(curves["train/loss"])

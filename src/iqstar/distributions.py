@@ -71,6 +71,10 @@ class HeadDistributions(TokenDistributions):
         ]
         return torch.cat(parts)
 
+    def window(self, start: int, stop: int) -> HeadDistributions:
+        """See :meth:`TokenDistributions.window`; keeps the exact arithmetic of :meth:`at`."""
+        return HeadDistributions(self.hidden[start:stop], self.head)
+
 
 class Reindexed(TokenDistributions):
     """Another's distributions in another order: token i gets those of token ``order[i]``."""
