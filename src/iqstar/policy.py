@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from iqstar import attention
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.head import LanguageHead
@@ -54,8 +55,8 @@ class PolicySpec:
         lora: Adapters to train instead of all weights; null trains all.
         dtype: Of the trained weights. Keep float32 for full fine-tuning: the optimiser's small
             steps are lost in bfloat16. Matrix products follow ``trainer.precision``.
-        attn_implementation: transformers' name of it (``sdpa``, ``eager``, ``flash_attention_2``);
-            null lets transformers choose.
+        attn_implementation: transformers' name of it (``sdpa``, ``eager``, ``flash_attention_2``),
+            or ``grouped``, ours for short sequences on a CPU; null lets transformers choose.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         chat_template: Overrides the tokenizer's: ``hh`` (Anthropic's plain format, for base
             models), Jinja text, or the path of a ``.jinja`` file.
@@ -255,6 +256,8 @@ def load_frozen(model: str, policy: ChatFormat, precision: str, key: str) -> Cau
 
 def _load(spec: PolicySpec, key: str) -> nn.Module:
     """The bare model with every dropout at 0: scoring and sampling must agree."""
+    if spec.attn_implementation == attention.NAME:
+        attention.register()
     model = load_model(
         spec.model,
         dtype=getattr(torch, spec.dtype),

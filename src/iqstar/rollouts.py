@@ -14,6 +14,7 @@ from torch import Tensor
 from iqstar.errors import InputError
 from iqstar.mdp import Prompt, Rollout, concatenate, make_rollout
 from iqstar.policy import CausalLM, Policy
+from iqstar.sampling import CategoricalSampler
 
 KEY = "model.rollout.init_args"
 
@@ -114,17 +115,23 @@ class GenerateRollout(RolloutEngine):
         ids: list[list[int]] = []
         truncated: list[bool] = []
         device = next(model.parameters()).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            for start in range(0, len(rows), size):
-                for row, cut in self._generate(model, rows[start : start + size], temperature):
-                    ids.append(row)
-                    truncated.append(cut)
+        sampler = CategoricalSampler(
+            temperature=temperature,
+            vocab_size=model.chat.vocab_size,
+            seed=seed,
+            device=device,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
+        for start in range(0, len(rows), size):
+            for row, cut in self._generate(model, rows[start : start + size], sampler):
+                ids.append(row)
+                truncated.append(cut)
         return make_rollout(rows, ids, truncated, model.chat.pad_id).to(device)
 
     @torch.no_grad()
     def _generate(
-        self, model: CausalLM, prompts: Sequence[Prompt], temperature: float
+        self, model: CausalLM, prompts: Sequence[Prompt], sampler: CategoricalSampler
     ) -> list[tuple[list[int], bool]]:
         from transformers import GenerationConfig
 
@@ -147,21 +154,19 @@ class GenerateRollout(RolloutEngine):
         extra: dict[str, Any] = {}
         if stops:
             extra = {"stop_strings": list(stops), "tokenizer": chat.tokenizer}
-        rows = model.head().weight.shape[0]
         with model.generating() as generator:
             settings = GenerationConfig(
-                do_sample=True,
-                temperature=temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                repetition_penalty=1.0,
+                do_sample=False,  # the sampler draws
                 max_new_tokens=self.max_new_tokens,
                 eos_token_id=list(chat.eos_ids) or None,
                 pad_token_id=chat.pad_id,
-                suppress_tokens=list(range(chat.vocab_size, rows)) or None,
             )
             output: Tensor = generator.generate(
-                input_ids=input_ids, attention_mask=attention, generation_config=settings, **extra
+                input_ids=input_ids,
+                attention_mask=attention,
+                generation_config=settings,
+                logits_processor=[sampler],
+                **extra,
             )
         return [
             _ended(row, chat.eos_ids, self.max_new_tokens, stops, chat.tokenizer.decode)

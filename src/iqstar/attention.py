@@ -1,0 +1,77 @@
+"""Attention for short sequences on a CPU: grouped key/value heads are never copied out.
+
+transformers' ``eager`` and ``sdpa`` paths repeat every key/value head for the query heads that
+share it, at every layer and decoding step. For responses of some tens of tokens these copies cost
+more than the products. Here the query heads of a group are stacked instead (benchmarks in
+docs/experiments.md). Registered under the name ``grouped``; models that need more than scaling and
+a mask (soft-capping, sinks) keep their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+NAME = "grouped"
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: Float[Tensor, "batch heads queries size"],
+    key: Float[Tensor, "batch groups keys size"],
+    value: Float[Tensor, "batch groups keys size"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """softmax(q·kᵀ·scaling + mask)·v, the softmax in float32.
+
+    Naive equivalent: ``eager`` attention on ``key.repeat_interleave(heads // groups, dim=1)`` and
+    the values likewise.
+
+    Args:
+        module: The attention layer (unused but for its interface).
+        query: Queries.
+        key: Keys, one per group of query heads.
+        value: Values, likewise.
+        attention_mask: Additive, ``(batch, 1, queries, keys)``; None for none.
+        scaling: Factor on the products; 1/√size by default.
+        dropout: Must be 0: scoring and sampling have to agree.
+        kwargs: What else transformers hands over.
+
+    Returns:
+        The output, ``(batch, queries, heads, size)``, and no weights.
+
+    Raises:
+        ValueError: If the model asks for what is not implemented.
+    """
+    if dropout or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError(
+            f"model.policy.attn_implementation: {NAME!r} has no dropout, soft-capping or sinks; "
+            "use 'eager' or 'sdpa' for this model"
+        )
+    batch, heads, queries, size = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    share = heads // groups
+    stacked = query.reshape(batch, groups, share * queries, size)
+    scores = torch.matmul(stacked, key.transpose(2, 3)).view(batch, groups, share, queries, keys)
+    scores = scores * (size**-0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores = scores + attention_mask[:, :, None, :, :keys]
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    weights = weights.to(value.dtype).view(batch, groups, share * queries, keys)
+    output = torch.matmul(weights, value).view(batch, heads, queries, size)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Makes ``attn_implementation="grouped"`` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(NAME, grouped_attention)
+    AttentionMaskInterface.register(NAME, eager_mask)
