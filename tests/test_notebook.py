@@ -77,12 +77,8 @@ def test_runs_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("IQSTAR_NOTEBOOK_FAST", "IQSTAR_NOTEBOOK_MODEL"):
         monkeypatch.delenv(name, raising=False)
     notebook = read()
-    client = NotebookClient(
-        notebook,
-        timeout=900,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
-    )
+    place = {"metadata": {"path": str(tmp_path)}}
+    client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources=place)
     client.execute(env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
     (summary,) = tmp_path.glob("runs/notebook/version_0/summary.json")
     assert '"samples": 192' in summary.read_text()
