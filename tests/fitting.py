@@ -127,7 +127,7 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         # Curves are logged in float32; this is the sum of what was differentiated, in full.
-        self.objective += float(args[0]["loss"]) / trainer.accumulate_grad_batches
+        self.objective += float(args[0]["loss"])
         if len(self.losses) < trainer.global_step:
             curves = {k: float(v) for k, v in trainer.callback_metrics.items()}
             self.losses.append(curves["train/loss"])

@@ -92,15 +92,14 @@ def _one(step: int) -> float:
     return 1.0
 
 
-class _Shift:
-    """A schedule's function, one step further on."""
+def _shift(function: Callable[[int], float]) -> Callable[[int], float]:
+    """A schedule's function, one step further on.
 
-    def __init__(self, function: Callable[[int], float]) -> None:
-        self.function = function
-
-    def __call__(self, step: int) -> float:
-        return self.function(step + 1)
+    A plain function, since LambdaLR puts what a callable object holds into checkpoints, which
+    would then not load with ``weights_only``.
+    """
+    return lambda step: function(step + 1)
 
 
 def _shifted(schedule: LambdaLR) -> LambdaLR:
-    return LambdaLR(schedule.optimizer, [_Shift(f) for f in schedule.lr_lambdas])
+    return LambdaLR(schedule.optimizer, [_shift(f) for f in schedule.lr_lambdas])
