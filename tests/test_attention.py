@@ -1,0 +1,45 @@
+"""Grouped attention is transformers' eager attention without the copies."""
+
+import pytest
+import torch
+
+from iqstar.attention import grouped_attention
+from iqstar.mdp import Message, Prompt
+from iqstar.policy import PolicySpec, load_policy
+from iqstar.rollouts import GenerateRollout
+from iqstar.scoring import pack_prompts
+from tiny import tiny_folder
+
+
+def test_equals_its_naive_equivalent():
+    torch.manual_seed(0)
+    q = torch.randn(2, 6, 5, 4, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, 7, 4, dtype=torch.float64)
+    mask = torch.zeros(2, 1, 5, 7, dtype=torch.float64)
+    mask[:, :, :, 5:] = -torch.inf
+    keys, values = (x.repeat_interleave(3, dim=1) for x in (k, v))
+    naive = ((q @ keys.mT * 4**-0.5 + mask).softmax(-1) @ values).transpose(1, 2)
+    ours, _ = grouped_attention(torch.nn.Identity(), q, k, v, mask)
+    torch.testing.assert_close(ours, naive, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("option", [{"softcap": 30.0}, {"dropout": 0.1}])
+def test_refuses_what_it_does_not_do(option):
+    x = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="attn_implementation"):
+        grouped_attention(torch.nn.Identity(), x, x, x, None, **option)
+
+
+def test_same_model_as_eager(tmp_path):
+    """Hidden states and sampled responses of a model with grouped heads, in float32."""
+    folder = str(tiny_folder(tmp_path))
+    prompts = [Prompt(messages=(Message(role="user", content=t),)) for t in ("Hi", "And you?")]
+    hidden, sampled = [], []
+    for name in ("eager", "grouped"):
+        spec = PolicySpec(model=folder, attn_implementation=name)
+        policy = load_policy(spec, spec.chat(), "32-true")
+        rollout = GenerateRollout(8).roll_out(policy, prompts, 1.0, seed=3)
+        sampled.append(rollout.response_ids)
+        hidden.append(policy.actor.hidden(pack_prompts(policy.actor, rollout)))
+    assert torch.equal(*sampled)
+    torch.testing.assert_close(*hidden, atol=1e-6, rtol=1e-5)
