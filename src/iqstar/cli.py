@@ -35,6 +35,22 @@ Inverse-Q*: aligns a language model with a principle in words, at token level, w
 
 iqstar {__version__}
 """
+HELP = """usage: iqstar {command} --config FILE [--KEY VALUE ...]
+
+iqstar {command}: {purpose}.
+
+Settings come from YAML files and from the command line, which wins; a later file wins over an
+earlier one. A file may also hold one part: --model.estimator configs/estimator/placebo.yaml
+
+  --model.help                        the method's settings
+  --model.estimator.help CLASS        those of a part (estimator, loss, rollout, schedule, judge)
+  --data.help CLASS                   those of a data set (HHRLHF, BeaverTails, JSONL, Sample)
+  --print_config                      what a run would use, as YAML
+
+In YAML a part's settings stand below init_args; on the command line that word may be left out:
+--model.beta 2, --model.estimator.strength 2, --data.path FILE.
+
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,10 +99,13 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(command, [*TRAINING, *OTHERS], n=1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join([*TRAINING, *OTHERS])}"
         raise InputError(f"unknown command {command!r}; {hint}")
-    _quiet()
+    if "-h" in rest or "--help" in rest:  # the options follow, after seconds of importing
+        sys.stdout.write(HELP.format(command=command, purpose=TRAINING[command]))
+        sys.stdout.flush()
+    _prepare_process()
     from iqstar.training_cli import run_training
 
-    run_training(command, rest, TRAINING[command])
+    run_training(command, rest)
     return 0
 
 
@@ -96,14 +115,14 @@ def _fail(error: InputError, code: int) -> int:
     return code
 
 
-def _quiet() -> None:
-    """Leaves out what says nothing to a user of this command."""
+def _prepare_process() -> None:
+    """Sends the package's own messages to the terminal, bare."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("iqstar").setLevel(logging.INFO)
-    if not logging.getLogger("iqstar").handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logging.getLogger("iqstar").addHandler(handler)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("iqstar")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler]
 
 
 if __name__ == "__main__":

@@ -336,6 +336,11 @@ def _check_head(lm: CausalLM, key: str) -> None:
     ours = lm.head().prepared().logits(lm.hidden(sequences))
     theirs = lm.model(input_ids=ids).logits[0, :, : lm.chat.vocab_size]
     lm.train(training)
+    if not torch.isfinite(theirs).all():
+        raise InputError(
+            f"{key}: the model's output is not finite, so its weights are damaged (or overflow in "
+            "their dtype); give another copy of it, or a checkpoint from before they diverged"
+        )
     if not torch.allclose(ours, theirs.to(ours), atol=1e-2, rtol=1e-2):
         raise InputError(
             f"{key}: the output head of {type(lm.model).__name__} is not a plain linear map of "

@@ -151,6 +151,7 @@ class Explainer:
             or self._wrong_class(text)
             or self._missing(text)
             or self._wrong_type(text)
+            or self._suspicious()
         )
         return InputError(found or _shortened(text))
 
@@ -171,7 +172,10 @@ class Explainer:
         if not (unknown or fitting):
             return f"{name}: not expected here; options start with -- (see iqstar fit --help)"
         setting = (unknown or fitting)[-1]
-        # The first key on the way that does not exist: in `--modle.beta` that is `modle`.
+        return self._misspelt(setting)
+
+    def _misspelt(self, setting: Setting) -> str:
+        """Names the first key on the way that does not exist: in ``--modle.beta``, ``modle``."""
         for depth in range(1, len(setting.path) + 1):
             if not _follows(setting.path[depth - 1], self.known(setting.path[: depth - 1])):
                 break
@@ -244,6 +248,18 @@ class Explainer:
         given = setting.value or "a mapping or list"
         where = f"{setting.key}: " if setting.place else ""
         return setting.said(f"{where}{given!r} does not fit; expected {kinds}")
+
+    def _suspicious(self) -> str | None:
+        """A setting that looks wrong, where the complaint does not tell (files inside files)."""
+        for setting in reversed(self.settings):
+            above, key = setting.path[:-1], setting.path[-1]
+            if key == "class_path" and (bases := self.classes(above)):
+                named = self._named(setting.value, bases)
+                if named is None or not issubclass(named, tuple(bases)):
+                    return setting.said(f"{'.'.join(above)}: {_no_class(setting.value, bases)}")
+            elif (known := self.known(above)) and not _follows(key, known):
+                return self._misspelt(setting)
+        return None
 
     def _nested(self, text: str) -> tuple[str, ...]:
         """The nested keys that a complaint names, outermost first."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import warnings
 import zipfile
+from argparse import SUPPRESS
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,27 +38,13 @@ ROOTS = {
 }
 """Top-level keys of a config, and the classes that take what is below them."""
 
-HELP = """{purpose}
 
-Settings come from YAML files and from the command line, which wins; a later file wins over an
-earlier one. A file may hold one part: --model.estimator configs/estimator/placebo.yaml
-
-  --model.help                        the method's settings
-  --model.estimator.help CLASS        those of a part: estimator, loss, rollout, schedule, judge
-  --data.help CLASS                   those of a data set: HHRLHF, BeaverTails, JSONL, Sample
-  --print_config                      what a run would use, as YAML
-
-In YAML a part's settings stand below init_args; here it may be left out: --model.beta 2,
---model.estimator.strength 2, --data.path FILE."""
-
-
-def run_training(command: str, arguments: list[str], purpose: str = "") -> None:
+def run_training(command: str, arguments: list[str]) -> None:
     """Runs one of Lightning's sub-commands.
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         arguments: What follows it on the command line.
-        purpose: What the command does, for its help.
 
     Raises:
         InputError: For bad input of any kind.
@@ -82,10 +70,7 @@ def run_training(command: str, arguments: list[str], purpose: str = "") -> None:
             trainer_class=Trainer,
             parser_kwargs={
                 "exit_on_error": False,
-                command: {
-                    "description": HELP.format(purpose=purpose),
-                    "usage": f"iqstar {command} --config FILE [--KEY VALUE ...]",
-                },
+                command: {"description": "", "usage": SUPPRESS},  # iqstar.cli wrote them
             },
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -235,6 +220,10 @@ CHATTER = (
 @contextmanager
 def less_chatter() -> Iterator[None]:
     """Leaves out Lightning's messages and warnings that say nothing here."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.stream = sys.stderr  # not that of the import, which may be closed
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(_is_useful)
     try:
