@@ -25,6 +25,8 @@ LOSSES = {
     "gradient": TokenPolicyGradientLoss(),
     "baseline": TokenPolicyGradientLoss(advantage=CreditAdvantage(state_baseline=True)),
 }
+# Millions of small calls, whose shapes the other tests check.
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 losses = pytest.mark.parametrize("name", list(LOSSES))
 
 
