@@ -156,7 +156,9 @@ def test_python_example_of_the_readme_runs(
     block = block.replace('model="bundled"', f"model={str(tiny)!r}")
     block = block.replace('prompts.jsonl"', 'prompts.jsonl", val_prompts=2, batch_size=2')
     block = block.replace("max_steps=20", "max_steps=1, logger=False, enable_progress_bar=False")
-    names: dict[str, Any] = {}
+    short = "estimator=estimator, rollout=GenerateRollout(max_new_tokens=4))"
+    block = block.replace("estimator=estimator)", short)
+    names: dict[str, Any] = {"GenerateRollout": GenerateRollout}
     exec(compile(block, "README.md", "exec"), names)
     assert names["trainer"].global_step == 1
 
