@@ -1,0 +1,253 @@
+"""Estimators of the optimal policy against naive full forwards, and the controls."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from fitting import PROMPTS, ask, attach, contrast, make_module
+from iqstar.chat import PLACEMENTS, ChatFormat, place_principle
+from iqstar.distributions import HeadDistributions, LogLinear, Reindexed
+from iqstar.errors import InputError
+from iqstar.estimators import (
+    ContrastiveEstimator,
+    NullEstimator,
+    PlaceboEstimator,
+    PrincipleEstimator,
+    ShuffledEstimator,
+    placebo,
+)
+from iqstar.rollouts import GenerateRollout
+from iqstar.scoring import RolloutScorer
+from tiny import tiny_folder, tiny_model, tiny_tokenizer
+
+KIND, RUDE = "Be kind to all.", "Be rude!"
+TEMPERATURE = 0.8
+
+
+@pytest.fixture(scope="module")
+def scored(tiny):
+    """A float64 policy, a rollout of it in two micro-batches, and its scorer."""
+    module = attach(make_module(tiny, spec={"dtype": "float64"}), "64-true")
+    rollout = GenerateRollout(max_new_tokens=6).roll_out(module.policy, PROMPTS, 1.0, 5)
+    scorer = RolloutScorer(module.policy, [rollout.rows(0, 3), rollout.rows(3, 4)], TEMPERATURE)
+    return module, rollout, scorer
+
+
+def naive(module, rollout, principle=None, placement="after_user"):
+    """Every row alone, unpadded, through the model's own head, all logits at once."""
+    chat, model = module.chat, module.policy.frozen.model
+    rows = []
+    for prompt, ids, mask in zip(
+        rollout.prompts, rollout.response_ids, rollout.response_mask, strict=True
+    ):
+        messages = prompt.messages
+        if principle:
+            messages = place_principle(messages, principle, placement)
+        context = chat.prompt_ids(messages)
+        full = torch.tensor([context + ids[mask].tolist()])
+        with torch.no_grad():
+            logits = model(full).logits[0, len(context) - 1 : -1, : chat.vocab_size]
+        rows.append((logits / TEMPERATURE).log_softmax(-1))
+    return torch.cat(rows)
+
+
+def every(distributions):
+    return distributions.logprobs(torch.arange(len(distributions)))
+
+
+def close(ours, expected):
+    torch.testing.assert_close(ours, expected, atol=1e-10, rtol=0)
+
+
+def test_the_reference_sees_the_unmodified_prompt(scored):
+    module, rollout, scorer = scored
+    reference = scorer.reference()
+    assert len(reference) == scorer.tokens == len(rollout.actions)
+    close(every(reference), naive(module, rollout))
+    at = naive(module, rollout).gather(1, rollout.actions[:, None])[:, 0]
+    close(reference.at(rollout.actions), at)
+    close(scorer.behaviour(), at)
+
+
+@pytest.mark.parametrize("placement", [*PLACEMENTS, "{principle}: {prompt}"])
+def test_the_principle_estimator_is_the_reference_told_the_principle(scored, placement):
+    module, rollout, scorer = scored
+    estimate = PrincipleEstimator(KIND, placement).estimate(scorer, scorer.reference(), 0)
+    expected = naive(module, rollout, KIND, placement)
+    close(every(estimate), expected)
+    assert (expected - naive(module, rollout)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 2.0])
+def test_the_contrastive_estimator_is_its_formula_with_the_normaliser(scored, strength):
+    module, rollout, scorer = scored
+    estimate = contrast(strength).estimate(scorer, scorer.reference(), 0)
+    ref, plus, minus = (naive(module, rollout, c) for c in (None, KIND, RUDE))
+    raw = ref + strength * (plus - minus)
+    normaliser = raw.logsumexp(-1, keepdim=True)
+    if strength:
+        assert normaliser.abs().max() > 0.01  # leaving it out would show
+    close(every(estimate), raw - normaliser)
+    at = (raw - normaliser).gather(1, rollout.actions[:, None])[:, 0]
+    close(estimate.at(rollout.actions), at)
+
+
+def test_every_estimate_is_a_distribution(scored):
+    _, _, scorer = scored
+    reference = scorer.reference()
+    for estimator in (PrincipleEstimator(KIND), contrast(3.0), ShuffledEstimator(contrast())):
+        mass = every(estimator.estimate(scorer, reference, 1)).exp().sum(-1)
+        close(mass, torch.ones_like(mass))
+
+
+def test_another_frozen_model_can_be_told(scored, tmp_path):
+    module, rollout, scorer = scored
+    other = tiny_folder(tmp_path / "other", seed=3, dtype=torch.float64)
+    estimator = PrincipleEstimator(KIND, model=str(other))
+    estimator.setup(module.chat, "64-true")
+    ours = every(estimator.estimate(scorer, scorer.reference(), 0))
+    reference = module.policy.frozen.model
+    module.policy.frozen.model = tiny_model(seed=3)  # loaded as float32, as the estimator's
+    try:
+        expected = naive(module, rollout, KIND)
+    finally:
+        module.policy.frozen.model = reference
+    torch.testing.assert_close(ours.double(), expected.double(), atol=1e-5, rtol=0)
+    assert not any(p.requires_grad for p in estimator.parameters())
+
+
+def test_another_vocabulary_is_refused(scored, tmp_path):
+    other = tiny_folder(tmp_path / "other", pad="own")
+    estimator = PrincipleEstimator(KIND, model=str(other))
+    with pytest.raises(InputError, match=r"estimator.*model: the vocabulary .* differs"):
+        estimator.setup(scored[0].chat, "32-true")
+
+
+def test_null_is_the_reference_itself(scored):
+    reference = scored[2].reference()
+    assert NullEstimator().estimate(scored[2], reference, 0) is reference
+
+
+def words_only():
+    """A chat format whose tokens are words, which real tokenizers come close to."""
+    backend = Tokenizer(WordLevel({"<eos>": 0, "?": 1}, unk_token="?"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="?")
+    return ChatFormat(tokenizer, template="hh")
+
+
+@pytest.mark.parametrize("text", [KIND, "Kind.", "Be gentle and honest with them. " * 12])
+def test_a_placebo_is_another_text_of_the_same_length(text):
+    chat = words_only()
+    estimator = PlaceboEstimator(ContrastiveEstimator(text, text + " Not!"))
+    estimator.setup(chat, "64-true")
+    told = estimator.estimator.texts
+    assert told["principle"] != told["antiprinciple"]
+    for name, original in (("principle", text), ("antiprinciple", text + " Not!")):
+        assert chat.count(told[name]) == chat.count(original)
+        assert "kind" not in told[name].lower()
+    again = dict(told)
+    estimator.setup(chat, "64-true")  # a second set-up replaces nothing
+    assert estimator.estimator.texts == again
+
+
+def test_a_placebo_estimates_what_its_text_says(scored):
+    module, rollout, scorer = scored
+    estimator = PlaceboEstimator(PrincipleEstimator(KIND))
+    estimator.setup(module.chat, "64-true")
+    text = estimator.estimator.texts["principle"]
+    close(every(estimator.estimate(scorer, scorer.reference(), 0)), naive(module, rollout, text))
+
+
+def test_a_placebo_in_small_tokens_is_as_long_to_half_a_word():
+    """Words are never cut: with a token a letter, the nearest whole word decides."""
+    chat = ChatFormat(tiny_tokenizer())
+    source = "A canal lock lifts boats from one level of water to another."
+    longest = max(chat.count(" " + word) for word in source.split())
+    for n in range(1, 8):
+        text = " ".join(["moss", "a", "hill", "under", "seventeen", "of", "you"][:n])
+        gap = abs(chat.count(placebo(text, source, chat)) - chat.count(text))
+        assert gap <= longest / 2
+
+
+def test_shuffled_credit_is_the_same_at_other_tokens(scored):
+    """The log-ratio vectors of all tokens, each used once, dealt to others and renormalised."""
+    _, _, scorer = scored
+    reference = scorer.reference()
+    ref, target = every(reference), every(contrast().estimate(scorer, reference, 4))
+    ours = every(ShuffledEstimator(contrast()).estimate(scorer, reference, 4))
+    order = torch.randperm(len(ref), generator=torch.Generator().manual_seed(4))
+    assert sorted(order.tolist()) == list(range(len(ref)))
+    assert (order != torch.arange(len(ref))).any()
+    close(ours, (ref + (target - ref)[order]).log_softmax(-1))
+    # Up to the normaliser of each state, the ratio vectors are those of the estimate.
+    ratios = ours - ref
+    for i, j in enumerate(order.tolist()):
+        gap = ratios[i] - (target - ref)[j]
+        close(gap, gap[:1].expand_as(gap))
+
+
+def test_each_rollout_is_shuffled_anew_and_repeatably(scored):
+    _, _, scorer = scored
+    reference = scorer.reference()
+    first, again, other = (
+        every(ShuffledEstimator(contrast()).estimate(scorer, reference, s)) for s in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_controls_nest(scored):
+    """Shuffled over placebo: the texts are replaced through the wrapper."""
+    estimator = PlaceboEstimator(ShuffledEstimator(contrast()))
+    estimator.setup(scored[0].chat, "64-true")
+    assert estimator.estimator.estimator.texts["principle"] != KIND
+
+
+def test_windows_and_reindexing_name_the_same_tokens(scored):
+    _, rollout, scorer = scored
+    reference = scorer.reference()
+    whole, actions = every(reference), rollout.actions
+    mixed = LogLinear([(0.5, reference), (0.5, Reindexed(reference, torch.arange(len(whole))))])
+    for base in (reference, mixed):
+        part = base.window(2, 6)
+        assert len(part) == 4
+        close(every(part), whole[2:6])
+        close(part.at(actions[2:6]), whole[2:6].gather(1, actions[2:6, None])[:, 0])
+    assert isinstance(reference.window(0, 2), HeadDistributions)
+    back = Reindexed(reference, torch.arange(len(whole)).flip(0))
+    close(every(back), whole.flip(0))
+
+
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_an_estimator_without_a_principle_says_so(text):
+    with pytest.raises(InputError, match=r"principle: PrincipleEstimator needs a text"):
+        PrincipleEstimator(text)
+    with pytest.raises(InputError, match=r"antiprinciple: ContrastiveEstimator needs a text"):
+        ContrastiveEstimator(KIND, text)
+
+
+def test_a_principle_over_its_budget_is_an_error_and_never_cut(scored):
+    estimator = PrincipleEstimator("Be kind. " * 50, max_principle_tokens=20)
+    with pytest.raises(InputError, match=r"max_principle_tokens"):
+        estimator.setup(scored[0].chat, "32-true")
+
+
+def test_an_unknown_placement_is_an_error():
+    with pytest.raises(InputError, match="after_user"):
+        PrincipleEstimator(KIND, placement="somewhere")
+
+
+def test_a_placebo_of_no_principle_is_an_error(scored):
+    with pytest.raises(InputError, match="NullEstimator has no principle"):
+        PlaceboEstimator(NullEstimator()).setup(scored[0].chat, "32-true")
+
+
+def test_a_told_prompt_over_the_models_positions_is_an_error(tmp_path):
+    folder = tiny_folder(tmp_path / "short", max_position_embeddings=60)
+    module = attach(make_module(folder, PrincipleEstimator(KIND * 3)))
+    with pytest.raises(InputError, match="with its principle"):
+        module.collect((ask("Hi"),), 0)
