@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from iqstar.chat import ChatFormat
 from iqstar.credit import CreditTransform
 from iqstar.distributions import TokenDistributions
 from iqstar.estimators import OptimalPolicyEstimator
@@ -99,7 +100,7 @@ def credit_rows(policy: Policy, micro: MicroBatch, beta: float, temperature: flo
     """The responses of a micro-batch with the credit of each token, as plain JSON values.
 
     Returns:
-        Rows of ``prompt`` (its messages), ``response``, ``tokens`` (the text of each),
+        Rows of ``prompt`` (its messages), ``response``, ``tokens`` (the text that each adds),
         ``credits`` (A*, in units of β), ``implied`` (r_θ = β log π_θ/π_ref), ``truncated``.
     """
     chat = policy.actor.chat
@@ -119,10 +120,23 @@ def credit_rows(policy: Policy, micro: MicroBatch, beta: float, temperature: flo
             {
                 "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
                 "response": chat.decode(ids.tolist()),
-                "tokens": [chat.tokenizer.decode([i]) for i in ids.tolist()],
+                "tokens": pieces(chat, ids.tolist()),
                 "credits": [round(c, 6) for c in credit.tolist()],
                 "implied": [round(c, 6) for c in implied.tolist()],
                 "truncated": truncated,
             }
         )
     return rows
+
+
+def pieces(chat: ChatFormat, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds; a character of several tokens appears at its last one."""
+    texts, done = [], ""
+    for stop in range(1, len(ids) + 1):
+        text = str(chat.tokenizer.decode(list(ids[:stop])))
+        if text.endswith("\ufffd") and stop < len(ids):
+            texts.append("")
+            continue
+        texts.append(text[len(done) :])
+        done = text
+    return texts

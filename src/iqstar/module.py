@@ -221,7 +221,8 @@ class InverseQStar(LightningModule):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Makes a rollout where one is due, and counts the tokens of the accumulation window."""
-        if batch.step == 0:
+        resumed_inside = not self._buffer and batch.step > 0  # the rest of it is sampled anew
+        if batch.step == 0 or resumed_inside:
             seed = rollout_seed(self.seed, self.progress.rollouts, self.global_rank)
             with self.trainer.precision_plugin.forward_context():
                 self._buffer = self.collect(batch.prompts, seed)

@@ -1,0 +1,92 @@
+"""The module under a real trainer: resuming, stopping, what is kept."""
+
+import math
+
+import pytest
+import torch
+from lightning import Trainer
+
+from iqstar.callbacks import KLLimit
+from iqstar.data import Sample
+from iqstar.estimators import ContrastiveEstimator
+from iqstar.module import InverseQStar
+from iqstar.policy import PolicySpec
+from iqstar.rollouts import GenerateRollout
+
+
+def build(folder, **options):
+    defaults = {"rollout": GenerateRollout(6), "micro_batch_size": 2, "eval_samples": 1}
+    return InverseQStar(
+        PolicySpec(model=str(folder)), ContrastiveEstimator("Be kind.", "Be rude."),
+        **(defaults | options),
+    )  # fmt: skip
+
+
+def trainer(tmp_path, **options):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    return Trainer(accelerator="cpu", default_root_dir=tmp_path, **(quiet | options))
+
+
+def data(**options):
+    return Sample(**({"batch_size": 4, "val_prompts": 2} | options))
+
+
+def test_resumes_inside_a_rollout(tiny, tmp_path):
+    """The rollout's rest is sampled anew; exactness at this place is a matter of its own."""
+    first = trainer(tmp_path, max_steps=1, enable_checkpointing=False)
+    first.fit(build(tiny), data())
+    path = tmp_path / "inside.ckpt"
+    first.save_checkpoint(path)
+    module = build(tiny)
+    second = trainer(tmp_path, max_steps=4, enable_checkpointing=False)
+    second.fit(module, data(), ckpt_path=path)
+    assert second.global_step == 4
+    assert module.progress.rollouts == 3  # one before, its rest, and the next
+
+
+def test_checkpoint_holds_what_was_done_and_measured(tiny, tmp_path):
+    module = build(tiny)
+    run = trainer(tmp_path, max_steps=2, num_sanity_val_steps=-1, enable_checkpointing=False)
+    run.fit(module, data())
+    path = tmp_path / "end.ckpt"
+    run.save_checkpoint(path)
+    loaded = build(tiny)
+    trainer(tmp_path, enable_checkpointing=False).validate(
+        loaded, data(), ckpt_path=path, verbose=False
+    )
+    assert loaded.evaluations[0].metrics == module.evaluations[0].metrics
+    responses = [[s.response for s in m.evaluations[0].samples] for m in (loaded, module)]
+    assert responses[0] == responses[1]
+    assert loaded.progress.samples == module.progress.samples == 4
+    for name, weight in module.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name])
+
+
+def test_validation_before_training_is_step_zero_with_no_divergence(tiny, tmp_path):
+    module = build(tiny)
+    run = trainer(tmp_path, max_steps=1, num_sanity_val_steps=-1, enable_checkpointing=False)
+    run.fit(module, data())
+    assert module.evaluations[0].step == 0
+    assert module.evaluations[0].metrics["kl"] == 0.0
+
+
+def test_kl_limit_stops_a_run(tiny, tmp_path):
+    limit = KLLimit(limit=1e-4, steps=2)
+    fast = torch.optim.SGD
+    module = build(tiny, optimizer=lambda groups: fast(groups, lr=30.0))
+    run = trainer(tmp_path, max_steps=50, callbacks=[limit], enable_checkpointing=False)
+    run.fit(module, data())
+    assert 2 <= run.global_step < 50
+
+
+def test_window_that_does_not_fit_the_rollout_says_which_keys(tiny, tmp_path):
+    run = trainer(tmp_path, max_steps=2, accumulate_grad_batches=4, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches.*micro_batch_size"):
+        run.fit(build(tiny), data())
+
+
+@pytest.mark.parametrize("name", ["beta", "temperature"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_units_must_be_positive(tiny, name, value):
+    with pytest.raises(ValueError, match=f"model.{name}"):
+        build(tiny, **{name: value})
