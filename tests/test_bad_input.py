@@ -444,7 +444,7 @@ def test_model_with_infinite_weights(tmp_path, tiny, config, capsys):
 def test_non_finite_loss(tmp_path, config, capsys):
     """A learning rate that blows the weights up after a good checkpoint."""
     config["model"]["init_args"] |= {
-        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0e30}},
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0e18}},
         "schedule": {"class_path": "iqstar.optim.Constant"},
         "rollout": {"class_path": "iqstar.rollouts.DatasetRollout"},
         "loss": {"class_path": "iqstar.losses.RewardImitationLoss"},

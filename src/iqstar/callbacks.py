@@ -21,6 +21,7 @@ from rich.table import Table
 from iqstar.errors import InputError
 from iqstar.evaluation import Evaluation
 from iqstar.module import InverseQStar
+from iqstar.pretrained import quiet_transformers
 
 ROWS = (
     ("judge", "judge score"),
@@ -69,7 +70,7 @@ def markdown_table(evaluation: Evaluation, per_prompt: int, rows: int) -> str:
 
 
 class KLLimit(Callback):
-    """Stops a run whose policy has moved too far from the reference; it still evaluates and exports.
+    """Stops a run that has moved too far from the reference; it still evaluates and exports.
 
     Args:
         limit: Largest mean of ``train/kl`` over the last steps, nats per token; null for none.
@@ -197,7 +198,8 @@ def export_policy(module: InverseQStar, folder: Path) -> Path:
     assert module.policy is not None
     model, chat = module.policy.actor.model, module.chat
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    with quiet_transformers(bars=False):
+        model.save_pretrained(folder)
     own = chat.tokenizer.chat_template
     if chat.template not in (None, "hh"):
         chat.tokenizer.chat_template = chat.template

@@ -267,7 +267,7 @@ def _convert(gguf: Path, name: str, key: str) -> Path:
         if limit := getattr(config, "max_position_embeddings", None):
             tokenizer.model_max_length = limit
         try:
-            with _quiet(bars=False):
+            with quiet_transformers(bars=False):
                 loaded.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
             partial.chmod(0o755)
@@ -293,7 +293,7 @@ def _loading(model: str, source: str, what: str, key: str) -> Iterator[None]:
     """Quiet transformers; whatever it raises becomes an InputError with a remedy."""
     local = Path(source).exists()
     try:
-        with _quiet(bars=not local):
+        with quiet_transformers(bars=not local):
             yield
     except Exception as error:  # a broken folder makes transformers raise nearly anything
         text = " ".join(str(error).split())
@@ -314,7 +314,7 @@ def _loading(model: str, source: str, what: str, key: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(bars: bool) -> Iterator[None]:
+def quiet_transformers(bars: bool) -> Iterator[None]:
     """No warnings of transformers and the hub, and unless ``bars`` no progress bars either."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging as own

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
 
-from iqstar.callbacks import PredictionWriter, RunSummary, SampleTable
+from iqstar.callbacks import KLLimit, PredictionWriter, RunSummary, SampleTable
 from iqstar.data import PromptDataModule
 from iqstar.errors import InputError, NonFiniteLossError
 from iqstar.module import InverseQStar
@@ -33,6 +34,7 @@ ROOTS = {
     "trainer": Trainer,
     "checkpoint": ModelCheckpoint,
     "summary": RunSummary,
+    "kl": KLLimit,
     "samples": SampleTable,
     "predictions": PredictionWriter,
 }
@@ -101,6 +103,20 @@ def default_precision() -> str:
     return "bf16-mixed" if fast is not None and fast() else "32-true"
 
 
+class WeightsLine(Callback):
+    """Says how many weights are trained, in place of Lightning's table of modules."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says it once, when the models are loaded."""
+        assert isinstance(pl_module, InverseQStar)
+        assert pl_module.policy is not None
+        trained, total = pl_module.policy.trainable()
+        rank_zero_info(
+            "Training %s of %s weights (%.1f%%), %s",
+            *(f"{trained:,}", f"{total:,}", 100 * trained / total, trainer.precision),
+        )
+
+
 class ProgressBar(RichProgressBar):
     """Lightning's Rich progress bar, in optimiser steps rather than endless epochs."""
 
@@ -123,8 +139,9 @@ class IQStarCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks of every run, and one seed for all."""
-        for key in ("checkpoint", "summary", "samples", "predictions"):
-            parser.add_lightning_class_args(ROOTS[key], key)
+        for key, cls in ROOTS.items():
+            if issubclass(cls, Callback):
+                parser.add_lightning_class_args(cls, key)
         parser.set_defaults(
             {
                 "checkpoint.save_last": True,
@@ -150,6 +167,7 @@ class IQStarCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Fills in what depends on the machine and on other settings."""
         config["precision"] = config.get("precision") or default_precision()
+        callbacks = [*callbacks, WeightsLine()]
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, ProgressBar()]
         if config.get("enable_checkpointing") is False:
