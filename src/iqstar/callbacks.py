@@ -84,13 +84,15 @@ class KLLimit(Callback):
             )
         self.limit = limit
         self._recent: deque[float] = deque(maxlen=steps)
+        self._step = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Looks at the newest optimiser step."""
-        if self.limit is None or "train/kl" not in trainer.callback_metrics:
+        """Looks at the newest optimiser step, once."""
+        if self.limit is None or trainer.global_step == self._step:
             return
+        self._step = trainer.global_step
         self._recent.append(float(trainer.callback_metrics["train/kl"]))
         mean = sum(self._recent) / len(self._recent)
         if len(self._recent) == self._recent.maxlen and mean > self.limit:
