@@ -14,7 +14,7 @@ import jaxtyping
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny tensors: threads only cost
 # Annotations such as Float[Tensor, "batch time"] are checked at every call (style.md, habit 8).
 jaxtyping.install_import_hook("iqstar", "beartype.beartype")
 
