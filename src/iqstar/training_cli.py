@@ -252,6 +252,7 @@ def less_chatter() -> Iterator[None]:
                 ".*LightningCLI's args parameter.*",
                 ".*module\\(s\\) in eval mode at the start of training.*",
                 ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+                ".*`is_gradient_checkpointing` is deprecated.*",
                 ".*Checkpoint directory .* exists and is not empty.*",
             ):
                 warnings.filterwarnings("ignore", pattern)

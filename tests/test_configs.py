@@ -1,0 +1,172 @@
+"""Every shipped config parses; every experiment trains, on a tiny model and a few rows."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import iqstar.callbacks
+from cli_tools import write_prompts
+from iqstar.cli import main
+from iqstar.module import InverseQStar
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+EXPERIMENTS = [CONFIGS / "quickstart.yaml", *sorted((CONFIGS / "experiment").glob("*.yaml"))]
+STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
+GROUPS = sorted([*(CONFIGS / "estimator").glob("*.yaml"), *(CONFIGS / "loss").glob("*.yaml")])
+POLICIES = sorted((CONFIGS / "policy").glob("*.yaml"))
+
+
+def names(files):
+    return [str(f.relative_to(CONFIGS)) for f in files]
+
+
+def write_data(folder: Path, data_class: str) -> list[str]:
+    """Synthetic rows in the layout of a data class, as command-line arguments."""
+    questions = [f"Please tell me about the number {i}, would you?" for i in range(20)]
+    file = folder / "rows.jsonl"
+    if data_class.endswith("Sample"):
+        return []
+    if data_class.endswith("JSONL"):
+        return ["--data.path", str(write_prompts(file))]
+    if data_class.endswith("HHRLHF"):
+        rows = [
+            {side: f"\n\nHuman: {q}\n\nAssistant: It is {side}." for side in ("chosen", "rejected")}
+            for q in questions
+        ]
+    else:
+        rows = [{"prompt": q, "response": "It is.", "is_safe": True} for q in questions]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return ["--data.path", str(file)]
+
+
+def arguments(file: Path, folder: Path, model: Path) -> list[str]:
+    """The config, made small."""
+    data = yaml.safe_load(file.read_text())["data"]["class_path"]
+    small = {
+        "model.policy.model": model,
+        "model.rollout.max_new_tokens": 4,
+        "model.eval_samples": 1,
+        "data.batch_size": 4,
+        "data.val_prompts": 3,
+        "trainer.max_steps": 2,
+        "trainer.accelerator": "cpu",
+        "trainer.devices": 1,
+        "trainer.precision": "32-true",
+        "trainer.enable_progress_bar": "false",
+        "trainer.logger.init_args.save_dir": folder / "runs",
+    }
+    options = [part for key, value in small.items() for part in (f"--{key}", str(value))]
+    return ["--config", str(file), *options, *write_data(folder, data)]
+
+
+@pytest.fixture
+def live(monkeypatch):
+    """The module of the last run, as it was when it was exported."""
+    seen = []
+    export = iqstar.callbacks.export_policy
+
+    def wrapped(module, folder):
+        seen.append(module)
+        return export(module, folder)
+
+    monkeypatch.setattr(iqstar.callbacks, "export_policy", wrapped)
+    return seen
+
+
+def summary_of(folder: Path) -> dict:
+    (file,) = (folder / "runs").rglob("summary.json")
+    return json.loads(file.read_text())
+
+
+@torch.no_grad()
+def same_logits(live_module, loaded) -> bool:
+    ids = torch.arange(2, 40)[None]
+    model = live_module.policy.actor.model.eval()
+    ours, theirs = model(input_ids=ids).logits, loaded.eval()(input_ids=ids).logits
+    return torch.allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS, ids=names(EXPERIMENTS))
+def test_experiments_train(file, tmp_path, tiny, live):
+    argv = arguments(file, tmp_path, tiny)
+    assert main(["fit", *argv]) == 0
+    summary = summary_of(tmp_path)
+    assert summary["samples"] == 8
+    assert summary["optimizer_steps"] == 2
+    assert summary["seconds"] > 0
+    assert 0 <= summary["kl"] < 1
+    judge = summary["judge"]
+    assert judge["name"] == "vader"
+    assert judge["prompts"] == 3
+    assert -1 <= judge["before"] <= 1
+    assert -1 <= judge["after"] <= 1
+    loaded = AutoModelForCausalLM.from_pretrained(summary["policy"])
+    assert same_logits(live[-1], loaded)
+    start = AutoModelForCausalLM.from_pretrained(tiny)
+    assert not torch.equal(start.lm_head.weight, loaded.lm_head.weight)
+    assert list(Path(summary["policy"]).glob("*.safetensors"))
+    tokenizer = AutoTokenizer.from_pretrained(summary["policy"])
+    assert tokenizer.chat_template == live[-1].chat.tokenizer.chat_template
+
+
+@pytest.mark.parametrize("file", POLICIES, ids=names(POLICIES))
+def test_policies_train(file, tmp_path, tiny, live):
+    lora = yaml.safe_load(file.read_text())["model"]["init_args"]["policy"].get("lora")
+    assert main(["fit", *arguments(EXPERIMENTS[0], tmp_path, tiny), "--config", str(file)]) == 0
+    summary = summary_of(tmp_path)
+    assert lora, "a policy that is no adapter needs a test of its own"
+    assert summary["trained_weights"] < summary["weights"] / 2
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny), summary["policy"]
+    )
+    assert same_logits(live[-1], loaded)
+
+
+@pytest.mark.parametrize("file", GROUPS, ids=names(GROUPS))
+def test_groups_combine(file):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(InverseQStar, "model")
+    base = yaml.safe_load(EXPERIMENTS[0].read_text())["model"]
+    key = file.parent.name
+    given = yaml.safe_load(file.read_text())
+    base["init_args"][key] = given
+    module = parser.instantiate(parser.parse_object({"model": base})).model
+    part = getattr(module, key)
+    assert f"{type(part).__module__}.{type(part).__name__}" == given["class_path"]
+
+
+@pytest.mark.parametrize("file", STRATEGIES, ids=names(STRATEGIES))
+def test_strategies_combine(file, tmp_path, tiny, capsys):
+    argv = arguments(EXPERIMENTS[0], tmp_path, tiny)
+    assert main(["fit", *argv, "--config", str(file), "--print_config"]) == 0
+    used = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    given = yaml.safe_load(file.read_text())["trainer"]
+    assert {key: used[key] for key in given} == given
+
+
+def test_no_config_is_left_out():
+    tested = [*EXPERIMENTS, *POLICIES, *GROUPS, *STRATEGIES]
+    assert sorted(tested) == sorted(CONFIGS.rglob("*.yaml"))
+
+
+def test_measuring_and_predicting(tmp_path, tiny, capsys):
+    argv = arguments(CONFIGS / "experiment" / "hh_kind.yaml", tmp_path, tiny)
+    assert main(["validate", *argv]) == 0
+    assert "val/judge" in capsys.readouterr().out
+    assert main(["test", *argv]) == 0
+    out = tmp_path / "out" / "predictions.jsonl"
+    assert main(["predict", *argv, "--predictions.path", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["prompt"][-1]["role"] == "user"
+        assert 1 <= len(row["credits"]) <= 4
+        assert len(row["credits"]) == len(row["tokens"]) == len(row["implied"])
+        assert any(row["credits"])
+        assert max(map(abs, row["implied"])) < 1e-4  # an untrained policy is its reference
