@@ -21,6 +21,7 @@ LAYERS = [
     {"curves"},
     {"module"},
     {"callbacks"},
+    {"summary"},
     {"training_cli"},
     {"cli"},
 ]

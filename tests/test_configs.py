@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import iqstar.callbacks
+import iqstar.summary
 from cli_tools import write_prompts
 from iqstar.cli import main
 from iqstar.module import InverseQStar
@@ -69,13 +69,13 @@ def arguments(file: Path, folder: Path, model: Path) -> list[str]:
 def live(monkeypatch):
     """The module of the last run, as it was when it was exported."""
     seen = []
-    export = iqstar.callbacks.export_policy
+    export = iqstar.summary.export_policy
 
     def wrapped(module, folder):
         seen.append(module)
         return export(module, folder)
 
-    monkeypatch.setattr(iqstar.callbacks, "export_policy", wrapped)
+    monkeypatch.setattr(iqstar.summary, "export_policy", wrapped)
     return seen
 
 

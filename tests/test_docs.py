@@ -18,7 +18,6 @@ from lightning import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import iqstar
-from iqstar.callbacks import RunSummary
 from iqstar.cli import main
 from iqstar.commands import audit
 from iqstar.data import Sample
@@ -26,6 +25,7 @@ from iqstar.estimators import ContrastiveEstimator
 from iqstar.judges import VaderJudge
 from iqstar.losses import TokenPolicyGradientLoss
 from iqstar.rollouts import GenerateRollout
+from iqstar.summary import RunSummary
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]

@@ -1,13 +1,9 @@
-"""What happens around training: the final evaluation, the summary, the trained model on disk."""
+"""What happens beside training: sample tables, a KL limit, predictions on disk."""
 
 from __future__ import annotations
 
 import json
-import math
-import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +11,10 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from rich.console import Console
-from rich.table import Table
 
 from iqstar.errors import InputError
 from iqstar.evaluation import Evaluation
 from iqstar.module import InverseQStar
-from iqstar.pretrained import quiet_transformers
-
-ROWS = (
-    ("judge", "judge score"),
-    ("kl", "KL to the reference (nats/token)"),
-    ("entropy", "entropy (nats/token)"),
-    ("response_length", "response length (tokens)"),
-    ("distinct_2", "distinct-2"),
-    ("eos_rate", "ended by themselves"),
-)
-"""What the summary's table shows, in this order."""
 
 
 class SampleTable(Callback):
@@ -100,154 +83,6 @@ class KLLimit(Callback):
             trainer.should_stop = True
 
 
-class RunSummary(Callback):
-    """Evaluates after the last step, exports the policy and writes ``summary.json``.
-
-    The run's folder then holds ``policy/`` (Hugging Face format, or a PEFT adapter),
-    ``summary.json``, ``samples.json`` (held-out responses before and after) and the log.
-
-    Args:
-        examples: Before/after responses printed at the end, one to each of the first prompts.
-        export: Whether to write the trained model.
-    """
-
-    def __init__(self, examples: int = 3, export: bool = True) -> None:
-        self.examples = examples
-        self.export = export
-        self._started = 0.0
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
-        self._started = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stops after the last step in the way that makes Lightning validate once more."""
-        if 0 < trainer.max_steps <= trainer.global_step:
-            trainer.should_stop = True
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the policy, writes and prints the summary."""
-        assert isinstance(pl_module, InverseQStar)
-        if not trainer.is_global_zero:
-            return
-        folder = run_folder(trainer)
-        policy = export_policy(pl_module, folder / "policy") if self.export else None
-        summary = summarize(trainer, pl_module, time.perf_counter() - self._started, policy)
-        write_json(folder / "summary.json", summary)
-        history = pl_module.evaluations
-        if history:
-            ends = {"before": history[0], "after": history[-1]}
-            write_json(
-                folder / "samples.json",
-                {name: [asdict(s) for s in end.samples] for name, end in ends.items()},
-            )
-        print_summary(summary, history, self.examples, pl_module.eval_samples)
-
-
-def summarize(
-    trainer: Trainer, module: InverseQStar, seconds: float, policy: Path | None
-) -> dict[str, Any]:
-    """What ``summary.json`` says; a number that was not measured is null.
-
-    Returns:
-        ``samples`` (responses sampled in training), ``optimizer_steps``, ``seconds`` (training
-        and evaluation), ``kl`` (mean over held-out on-policy response tokens of KL(π_θ‖π_ref),
-        exact over the vocabulary, nats, T = 1), ``judge`` (name, before, after, prompts),
-        ``policy`` (path of the trained model), and ``before``/``after`` with all metrics.
-    """
-    history = module.evaluations
-    first = history[0] if history and history[0].step == 0 else None
-    last = history[-1] if history and history[-1].step == trainer.global_step else None
-    before, after = (_numbers(e.metrics) if e else None for e in (first, last))
-    trained, total = module.policy.trainable() if module.policy else (0, 0)
-    judge = module.judge
-    return {
-        "samples": module.progress.samples,
-        "optimizer_steps": trainer.global_step,
-        "seconds": round(seconds, 1),
-        "kl": after["kl"] if after else None,
-        "judge": None
-        if judge is None
-        else {
-            "name": judge.name,
-            "version": judge.version,
-            "before": before.get("judge") if before else None,
-            "after": after.get("judge") if after else None,
-            "prompts": len(history[-1].samples) // module.eval_samples if history else 0,
-            "samples_per_prompt": module.eval_samples,
-        },
-        "policy": str(policy) if policy else None,
-        "trained_weights": trained,
-        "weights": total,
-        "precision": str(trainer.precision),
-        "before": before,
-        "after": after,
-    }
-
-
-def _numbers(metrics: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-
-
-def export_policy(module: InverseQStar, folder: Path) -> Path:
-    """Writes the policy in Hugging Face format: safetensors, tokenizer, chat template.
-
-    With LoRA, an adapter that PEFT loads.
-    """
-    assert module.policy is not None
-    model, chat = module.policy.actor.model, module.chat
-    folder.mkdir(parents=True, exist_ok=True)
-    with quiet_transformers(bars=False):
-        model.save_pretrained(folder)
-    own = chat.tokenizer.chat_template
-    if chat.template not in (None, "hh"):
-        chat.tokenizer.chat_template = chat.template
-    chat.tokenizer.save_pretrained(folder)
-    chat.tokenizer.chat_template = own
-    return folder
-
-
-def print_summary(
-    summary: dict[str, Any], history: Sequence[Evaluation], examples: int, per_prompt: int
-) -> None:
-    """Prints the before/after table, some responses and where the model is."""
-    console = Console()
-    before, after = summary["before"] or {}, summary["after"] or {}
-    table = Table(title="Held-out prompts", show_edge=False)
-    for column in ("", "before", "after"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, label in ROWS:
-        values = [_shown(side.get(name)) for side in (before, after)]
-        if name == "judge" and summary["judge"]:
-            label = f"{label} ({summary['judge']['name']})"
-        table.add_row(label, *values)
-    console.print()
-    console.print(table)
-    if len(history) > 1:
-        pairs = zip(history[0].samples, history[-1].samples, strict=False)
-        for first, last in list(pairs)[::per_prompt][:examples]:
-            console.print(f"\n[bold]{_escaped(first.prompt)}[/bold]")
-            console.print(f"[dim]before[/dim] {_escaped(first.response)}")
-            console.print(f"[dim]after [/dim] {_escaped(last.response)}")
-    console.print(
-        f"\n{summary['samples']} sampled responses, {summary['optimizer_steps']} optimiser steps, "
-        f"{summary['seconds']:.0f} s"
-    )
-    if summary["policy"]:
-        console.print(f"Trained model: {summary['policy']}", soft_wrap=True)
-
-
-def _shown(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("[", "\\[")
-
-
 class PredictionWriter(BasePredictionWriter):
     """Writes responses with their per-token credits as JSON lines.
 
@@ -290,10 +125,3 @@ def run_folder(trainer: Trainer) -> Path:
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file in one go, so that a reader never sees half of it."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)

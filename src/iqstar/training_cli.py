@@ -22,11 +22,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
 
-from iqstar.callbacks import KLLimit, PredictionWriter, RunSummary, SampleTable
+from iqstar.callbacks import KLLimit, PredictionWriter, SampleTable
 from iqstar.data import PromptDataModule
 from iqstar.errors import InputError, NonFiniteLossError
 from iqstar.module import InverseQStar
 from iqstar.settings import CONFIG_FLAGS, Explainer, Setting, read_settings
+from iqstar.summary import RunSummary
 
 ROOTS = {
     "model": InverseQStar,
