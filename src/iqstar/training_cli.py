@@ -145,7 +145,7 @@ class IQStarCLI(LightningCLI):
                 parser.add_lightning_class_args(cls, key)
         parser.set_defaults(
             {
-                "checkpoint.save_last": True,
+                "checkpoint.save_last": "link",
                 "checkpoint.auto_insert_metric_name": False,
                 "model": {"class_path": "iqstar.InverseQStar"},
             }
