@@ -81,7 +81,7 @@ def test_runs_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources=place)
     client.execute(env={**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_inline"})
     (summary,) = tmp_path.glob("runs/notebook/version_0/summary.json")
-    assert '"samples": 192' in summary.read_text()
+    assert '"samples": 160' in summary.read_text()
     pictures = [
         output
         for cell in notebook.cells
