@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning import Trainer
+from torch.multiprocessing import ProcessRaisedException
 
 from cli_tools import REMOVED, changed, error_of, line_of, tiny_config, write_config
 from iqstar.cli import main
@@ -496,6 +498,17 @@ def test_real_bugs_keep_their_traceback(tmp_path, config, monkeypatch):
     monkeypatch.setattr(InverseQStar, "training_step", broken)
     with pytest.raises(ValueError, match="a bug"):
         main(["fit", "--config", str(write_config(tmp_path, config))])
+
+
+@pytest.mark.parametrize(("kind", "code"), [("InputError", 2), ("NonFiniteLossError", 3)])
+def test_error_of_a_spawned_process(tmp_path, config, capsys, monkeypatch, kind, code):
+    def spawned(*args, **kwargs):
+        trace = f"-- Process 1\nTraceback …\niqstar.errors.{kind}: data: wrong; mend it\n"
+        raise ProcessRaisedException(trace, 1, 1)
+
+    monkeypatch.setattr(Trainer, "fit", spawned)
+    file = write_config(tmp_path, config)
+    assert error_of(capsys, "fit", "--config", str(file), code=code) == "data: wrong; mend it"
 
 
 def test_in_a_process_of_its_own(tmp_path, config):
