@@ -131,6 +131,7 @@ class InverseQStar(LightningModule):
         self.train_means = TokenMeans(TRAIN_MEANS)
         self.val_means = TokenMeans(("kl", "entropy"))
         self._buffer: list[MicroBatch] = []
+        self._current: MicroBatch | None = None
         self._window_weight = torch.zeros(())
         self._val_samples: list[Sample] = []
 
@@ -258,13 +259,13 @@ class InverseQStar(LightningModule):
             (accumulation) and DDP or FSDP (ranks) apply, so that the optimiser sees
             Σ loss / N with N the weight of all response tokens of the window on all ranks.
         """
-        micro = self._micro_batch(batch.step)
+        micro = self._current = self._micro_batch(batch.step)
         hidden = self.actor.hidden(micro.sequences)  # log π_θ follows from it, chunk by chunk
         total, sums = head_loss(
             hidden, self.actor.head(self.temperature), lambda z, i: self._per_token(micro, z, i)
         )
         if not torch.isfinite(total):
-            raise self._non_finite("loss", micro)
+            raise self._non_finite("loss")
         self.train_means.update(micro_batch_sums(micro, total, sums, self.beta))
         scale = self.trainer.world_size * self.trainer.accumulate_grad_batches
         return total * (scale / self._window_weight.clamp(min=1e-12)).to(total)
@@ -285,7 +286,7 @@ class InverseQStar(LightningModule):
         grads = [p.grad for p in self.actor.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if not torch.isfinite(norm):
-            raise self._non_finite("gradient norm", None)
+            raise self._non_finite("gradient norm")
         means = self.train_means.compute()
         tokens = float(self._global_sum(self.train_means.count("credit")))
         self.train_means.reset()
@@ -404,14 +405,13 @@ class InverseQStar(LightningModule):
         torch.distributed.all_gather_object(parts, samples)
         return [sample for part in parts for sample in part]
 
-    def _non_finite(self, what: str, micro: MicroBatch | None) -> NonFiniteLossError:
-        prompts = "; ".join(
-            repr(p.messages[-1].content[:60]) for p in (micro.rollout.prompts[:3] if micro else ())
-        )
-        where = f" on a micro-batch that starts with {prompts}" if prompts else ""
+    def _non_finite(self, what: str) -> NonFiniteLossError:
+        rows = self._current.rollout.prompts[:3] if self._current else ()
+        prompts = "; ".join(repr(p.messages[-1].content[:60]) for p in rows)
         return NonFiniteLossError(
             f"the {what} is not finite at optimiser step {self.global_step}, rollout "
-            f"{self.progress.rollouts}{where}; the weights were not updated and the last "
-            "checkpoint is intact. Lower model.optimizer.init_args.lr, set "
-            "trainer.gradient_clip_val, or use trainer.precision: 32-true"
+            f"{self.progress.rollouts}, on the micro-batch that starts with {prompts}; the weights "
+            "were not updated and earlier checkpoints are untouched. Lower "
+            "model.optimizer.init_args.lr, set trainer.gradient_clip_val, or use "
+            "trainer.precision: 32-true"
         )
