@@ -118,7 +118,8 @@ def test_experiments_train(file, tmp_path, tiny, live):
 @pytest.mark.parametrize("file", POLICIES, ids=names(POLICIES))
 def test_policies_train(file, tmp_path, tiny, live):
     lora = yaml.safe_load(file.read_text())["model"]["init_args"]["policy"].get("lora")
-    assert main(["fit", *arguments(EXPERIMENTS[0], tmp_path, tiny), "--config", str(file)]) == 0
+    given = [*arguments(EXPERIMENTS[0], tmp_path, tiny), "--config", str(file)]
+    assert main(["fit", *given, "--model.micro_batch_size", "2"]) == 0  # of rollouts of 4
     summary = summary_of(tmp_path)
     assert lora, "a policy that is no adapter needs a test of its own"
     assert summary["trained_weights"] < summary["weights"] / 2

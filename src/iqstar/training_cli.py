@@ -8,7 +8,7 @@ import sys
 import warnings
 import zipfile
 from argparse import SUPPRESS
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,11 @@ def default_precision() -> str:
     return "bf16-mixed" if fast is not None and fast() else "32-true"
 
 
+def asked_for_validation(config: Mapping[str, Any]) -> bool:
+    """Whether the trainer's settings name an interval of validation."""
+    return config.get("val_check_interval") is not None or config["check_val_every_n_epoch"] != 1
+
+
 class WeightsLine(Callback):
     """Says how many weights are trained, in place of Lightning's table of modules."""
 
@@ -168,6 +173,9 @@ class IQStarCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Fills in what depends on the machine and on other settings."""
         config["precision"] = config.get("precision") or default_precision()
+        if config["max_steps"] > 0 and not asked_for_validation(config):
+            # Before and after only: an evaluation costs as much as several steps.
+            config |= {"check_val_every_n_epoch": None, "val_check_interval": sys.maxsize}
         callbacks = [*callbacks, WeightsLine()]
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, ProgressBar()]
