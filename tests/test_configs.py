@@ -100,6 +100,7 @@ def test_experiments_train(file, tmp_path, tiny, live):
     assert summary["samples"] == 8
     assert summary["optimizer_steps"] == 2
     assert summary["seconds"] > 0
+    assert [e.step for e in live[-1].evaluations] == [0, 2]  # before and after, not every epoch
     assert 0 <= summary["kl"] < 1
     judge = summary["judge"]
     assert judge["name"] == "vader"
