@@ -9,9 +9,11 @@ from lightning import Trainer
 from iqstar.callbacks import KLLimit
 from iqstar.data import Sample
 from iqstar.estimators import ContrastiveEstimator
+from iqstar.evaluation import Evaluation
 from iqstar.module import InverseQStar
 from iqstar.policy import PolicySpec
 from iqstar.rollouts import GenerateRollout
+from iqstar.summary import first_and_last
 
 
 def build(folder, **options):
@@ -90,3 +92,16 @@ def test_window_that_does_not_fit_the_rollout_says_which_keys(tiny, tmp_path):
 def test_units_must_be_positive(tiny, name, value):
     with pytest.raises(ValueError, match=f"model.{name}"):
         build(tiny, **{name: value})
+
+
+def evaluation(step):
+    return Evaluation(step=step, metrics={}, samples=())
+
+
+@pytest.mark.parametrize(
+    ("steps", "names"),
+    [([0, 5], {"before", "after"}), ([5], {"after"}), ([0, 3], {"before"}), ([3, 4], set())],
+)
+def test_only_what_was_measured_is_called_before_and_after(steps, names):
+    """A run of 5 steps; without a first evaluation, a later one does not stand in for it."""
+    assert set(first_and_last([evaluation(s) for s in steps], 5)) == names

@@ -339,7 +339,7 @@ class InverseQStar(LightningModule):
         curves = {f"val/{name}": value for name, value in metrics.items()}
         if self.trainer.sanity_checking:
             for logger in self.loggers:
-                logger.log_metrics(curves, step=0)
+                logger.log_metrics(curves, step=self.global_step)
         else:
             self.log_dict(curves, sync_dist=False, rank_zero_only=False)
 

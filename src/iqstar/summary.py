@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,54 +65,67 @@ class RunSummary(Callback):
             return
         folder = run_folder(trainer)
         policy = export_policy(pl_module, folder / "policy") if self.export else None
-        summary = summarize(trainer, pl_module, time.perf_counter() - self._started, policy)
+        seconds = round(time.perf_counter() - self._started, 1)
+        ends = first_and_last(pl_module.evaluations, trainer.global_step)
+        summary = summarize(pl_module, ends) | {
+            "optimizer_steps": trainer.global_step,
+            "seconds": seconds,
+            "policy": str(policy) if policy else None,
+            "precision": str(trainer.precision),
+        }
         write_json(folder / "summary.json", summary)
-        history = pl_module.evaluations
-        if history:
-            ends = {"before": history[0], "after": history[-1]}
-            write_json(
-                folder / "samples.json",
-                {name: [asdict(s) for s in end.samples] for name, end in ends.items()},
-            )
-        print_summary(summary, history, self.examples, pl_module.eval_samples)
+        samples = {name: [asdict(s) for s in end.samples] for name, end in ends.items()}
+        write_json(folder / "samples.json", samples)
+        print_summary(summary, ends, self.examples, pl_module.eval_samples)
 
 
-def summarize(
-    trainer: Trainer, module: InverseQStar, seconds: float, policy: Path | None
-) -> dict[str, Any]:
-    """What ``summary.json`` says; a number that was not measured is null.
+def first_and_last(history: Sequence[Evaluation], steps: int) -> dict[str, Evaluation]:
+    """The evaluation before training and that after the last step, those that were made.
+
+    Args:
+        history: All evaluations of a run.
+        steps: Optimiser steps of the run.
 
     Returns:
-        ``samples`` (responses sampled in training), ``optimizer_steps``, ``seconds`` (training
-        and evaluation), ``kl`` (mean over held-out on-policy response tokens of KL(π_θ‖π_ref),
-        exact over the vocabulary, nats, T = 1), ``judge`` (name, before, after, prompts),
-        ``policy`` (path of the trained model), and ``before``/``after`` with all metrics.
+        ``before`` and ``after``.
     """
-    history = module.evaluations
-    first = history[0] if history and history[0].step == 0 else None
-    last = history[-1] if history and history[-1].step == trainer.global_step else None
-    before, after = (_numbers(e.metrics) if e else None for e in (first, last))
+    ends = {}
+    if history and history[0].step == 0:
+        ends["before"] = history[0]
+    if history and history[-1].step == steps > 0:
+        ends["after"] = history[-1]
+    return ends
+
+
+def summarize(module: InverseQStar, ends: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """What was measured; a number that was not is null.
+
+    Returns:
+        ``samples`` (responses sampled in training), ``kl`` (mean over held-out on-policy response
+        tokens of KL(π_θ‖π_ref), exact over the vocabulary, nats, T = 1), ``judge`` (name, before,
+        after, prompts), ``before`` and ``after`` with all metrics, and the number of weights.
+        ``summary.json`` also has ``optimizer_steps``, ``seconds`` (training and evaluation),
+        ``policy`` (path of the trained model) and ``precision``.
+    """
+    before, after = (
+        _numbers(ends[name].metrics) if name in ends else None for name in ("before", "after")
+    )
     trained, total = module.policy.trainable() if module.policy else (0, 0)
-    judge = module.judge
+    judged = next(iter(ends.values()), None)
+    judge = module.judge and {
+        "name": module.judge.name,
+        "version": module.judge.version,
+        "before": before["judge"] if before else None,
+        "after": after["judge"] if after else None,
+        "prompts": len(judged.samples) // module.eval_samples if judged else 0,
+        "samples_per_prompt": module.eval_samples,
+    }
     return {
         "samples": module.progress.samples,
-        "optimizer_steps": trainer.global_step,
-        "seconds": round(seconds, 1),
         "kl": after["kl"] if after else None,
-        "judge": None
-        if judge is None
-        else {
-            "name": judge.name,
-            "version": judge.version,
-            "before": before.get("judge") if before else None,
-            "after": after.get("judge") if after else None,
-            "prompts": len(history[-1].samples) // module.eval_samples if history else 0,
-            "samples_per_prompt": module.eval_samples,
-        },
-        "policy": str(policy) if policy else None,
+        "judge": judge,
         "trained_weights": trained,
         "weights": total,
-        "precision": str(trainer.precision),
         "before": before,
         "after": after,
     }
@@ -142,7 +155,7 @@ def export_policy(module: InverseQStar, folder: Path) -> Path:
 
 
 def print_summary(
-    summary: dict[str, Any], history: Sequence[Evaluation], examples: int, per_prompt: int
+    summary: dict[str, Any], ends: Mapping[str, Evaluation], examples: int, per_prompt: int
 ) -> None:
     """Prints the before/after table, some responses and where the model is."""
     console = Console()
@@ -157,8 +170,8 @@ def print_summary(
         table.add_row(label, *values)
     console.print()
     console.print(table)
-    if len(history) > 1:
-        pairs = zip(history[0].samples, history[-1].samples, strict=False)
+    if len(ends) == 2:
+        pairs = zip(ends["before"].samples, ends["after"].samples, strict=True)
         for first, last in list(pairs)[::per_prompt][:examples]:
             console.print(f"\n[bold]{_escaped(first.prompt)}[/bold]")
             console.print(f"[dim]before[/dim] {_escaped(first.response)}")
