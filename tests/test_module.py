@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
 
 from iqstar.callbacks import KLLimit
 from iqstar.data import Sample
@@ -44,6 +45,30 @@ def test_resumes_inside_a_rollout(tiny, tmp_path):
     second.fit(module, data(), ckpt_path=path)
     assert second.global_step == 4
     assert module.progress.rollouts == 3  # one before, its rest, and the next
+
+
+class SaveInside(Callback):
+    """Writes a checkpoint after the third micro-batch, in the middle of a window of two."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 2:
+            trainer.save_checkpoint(self.path)
+
+
+def test_resumes_inside_an_accumulation_window(tiny, tmp_path):
+    """The rest of the window is normalised by its own tokens, not by nothing."""
+    path = tmp_path / "window.ckpt"
+    options = {"accumulate_grad_batches": 2, "enable_checkpointing": False}
+    first = trainer(tmp_path, max_steps=2, callbacks=[SaveInside(path)], **options)
+    first.fit(build(tiny), data())
+    second = trainer(tmp_path, max_steps=2, **options)
+    second.fit(build(tiny), data(), ckpt_path=path)
+    assert second.global_step == 2
+    ratio = second.logged_metrics["train/grad_norm"] / first.logged_metrics["train/grad_norm"]
+    assert 0.1 < ratio < 10
 
 
 def test_checkpoint_holds_what_was_done_and_measured(tiny, tmp_path):

@@ -4,7 +4,7 @@ transformers' ``eager`` and ``sdpa`` paths repeat every key/value head for the q
 share it, at every layer and decoding step. For responses of some tens of tokens these copies cost
 more than the products. Here the query heads of a group are stacked instead (benchmarks in
 docs/experiments.md). Registered under the name ``grouped``; models that need more than scaling and
-a mask (soft-capping, sinks) keep their own.
+a mask (soft-capping, sinks) are refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from iqstar.errors import InputError
 
 NAME = "grouped"
 
@@ -47,10 +49,10 @@ def grouped_attention(
         The output, ``(batch, queries, heads, size)``, and no weights.
 
     Raises:
-        ValueError: If the model asks for what is not implemented.
+        InputError: If the model asks for what is not implemented.
     """
     if dropout or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError(
+        raise InputError(
             f"model.policy.attn_implementation: {NAME!r} has no dropout, soft-capping or sinks; "
             "use 'eager' or 'sdpa' for this model"
         )

@@ -69,6 +69,10 @@ class KLLimit(Callback):
         self._recent: deque[float] = deque(maxlen=steps)
         self._step = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes note of the step that a resumed run starts from."""
+        self._step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

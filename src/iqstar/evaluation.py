@@ -19,7 +19,7 @@ from iqstar.logprobs import entropy, kl_divergence
 from iqstar.mdp import Prompt, Rollout
 from iqstar.metrics import distinct_n
 from iqstar.policy import CausalLM, Policy
-from iqstar.rollouts import GenerateRollout
+from iqstar.rollouts import GenerateRollout, RolloutEngine
 from iqstar.scoring import pack_prompts
 
 SCORED_ROWS = 32
@@ -65,17 +65,31 @@ def sample_and_score(
     prompts: Sequence[Prompt],
     judge: Judge | None,
     *,
-    max_new_tokens: int,
+    like: RolloutEngine,
     samples: int,
     seed: int,
 ) -> tuple[list[Sample], dict[str, tuple[Tensor, Tensor]]]:
     """Samples responses of the policy and measures them.
 
+    Args:
+        policy: The policy and its reference.
+        prompts: Held-out prompts.
+        judge: Scores the responses, if any.
+        like: The engine whose length limit, stop strings and batch size are taken over; nothing
+            else of it is.
+        samples: Responses to each prompt.
+        seed: Of the sampling.
+
     Returns:
         The responses, and (sum, count) of the exact KL to the reference and the entropy, over
         response tokens, in nats at T = 1.
     """
-    engine = GenerateRollout(max_new_tokens=max_new_tokens, responses_per_prompt=samples)
+    engine = GenerateRollout(
+        max_new_tokens=like.max_new_tokens,
+        responses_per_prompt=samples,
+        stop_strings=like.stop_strings,
+        batch_size=like.batch_size,
+    )
     rollout = engine.sample(policy.actor, prompts, 1.0, seed)
     texts = [
         policy.actor.chat.decode(row[mask].tolist())

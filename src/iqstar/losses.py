@@ -32,7 +32,7 @@ Target = Callable[[], Tensor]
 class TokenLoss(ABC):
     """A loss per response token; the class is the option."""
 
-    beta_power: ClassVar[int] = 2
+    beta_power: ClassVar[int]
     """The loss of method §4 is β to this power times the one that is optimised."""
     needs_distribution: ClassVar[bool] = False
     """Whether it reads π̂* over the whole vocabulary, not only at the sampled token."""
@@ -64,6 +64,8 @@ class RewardImitationLoss(TokenLoss):
     Args:
         clip: Bound on the credit in nats; null for none. Clipping moves the fixed point.
     """
+
+    beta_power = 2
 
     def __init__(self, clip: float | None = None) -> None:
         if clip is not None and clip <= 0:
@@ -145,6 +147,7 @@ class DistributionImitationLoss(TokenLoss):
         divergence: ReverseKL (default), ForwardKL or GeneralizedJSD.
     """
 
+    beta_power = 0
     needs_distribution = True
 
     def __init__(self, divergence: Divergence | None = None) -> None:

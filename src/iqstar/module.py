@@ -236,9 +236,10 @@ class InverseQStar(LightningModule):
                 "micro-batches; use an iqstar.data module, or set model.micro_batch_size to null"
             )
         accumulate = self.trainer.accumulate_grad_batches
-        if batch_idx % accumulate == 0:
-            window = range(batch.step, min(batch.step + accumulate, batch.steps))
-            if len(window) < accumulate and not batch.last:
+        done = batch_idx % accumulate  # not 0 where a run is resumed inside a window
+        if done == 0 or resumed_inside:
+            window = range(batch.step, min(batch.step + accumulate - done, batch.steps))
+            if len(window) + done < accumulate and not batch.last:
                 raise InputError(
                     f"trainer.accumulate_grad_batches: an optimiser step takes {accumulate} "
                     f"micro-batches, but the rollout of {len(batch.prompts)} prompts has "
@@ -315,7 +316,7 @@ class InverseQStar(LightningModule):
             self.policy,
             batch.prompts,
             self.judge,
-            max_new_tokens=self.rollout.max_new_tokens,
+            like=self.rollout,
             samples=self.eval_samples,
             seed=rollout_seed(self.seed, batch_idx, self.global_rank),
         )
@@ -411,7 +412,7 @@ class InverseQStar(LightningModule):
         return NonFiniteLossError(
             f"the {what} is not finite at optimiser step {self.global_step}, rollout "
             f"{self.progress.rollouts}, on the micro-batch that starts with {prompts}; the weights "
-            "were not updated and earlier checkpoints are untouched. Lower "
+            "were not updated; checkpoints saved before, if any, are untouched. Lower "
             "model.optimizer.init_args.lr, set trainer.gradient_clip_val, or use "
             "trainer.precision: 32-true"
         )

@@ -23,7 +23,7 @@ from iqstar.head import LanguageHead
 from iqstar.mdp import TokenSequences
 from iqstar.pretrained import load_config, load_model, load_tokenizer, resolve_model
 
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+AUTOCAST = {"bf16-mixed": torch.bfloat16}
 """Trainer precisions under which matrix products run in a smaller dtype than the weights."""
 
 

@@ -26,11 +26,15 @@ class RolloutEngine(ABC):
         responses_per_prompt: Responses to each prompt of a batch.
         on_policy: Whether every response is sampled from the policy itself.
         max_new_tokens: Length limit of a response.
+        stop_strings: Texts that end a response, where they are not the chat format's.
+        batch_size: Responses generated at once; None for all.
     """
 
     responses_per_prompt: int = 1
     on_policy: bool = False
     max_new_tokens: int
+    stop_strings: list[str] | None = None
+    batch_size: int | None = None
 
     @abstractmethod
     def roll_out(
@@ -257,6 +261,8 @@ class MixtureRollout(RolloutEngine):
         self.responses_per_prompt = counts.pop()
         self.on_policy = all(e.on_policy for e in engines)
         self.max_new_tokens = max(e.max_new_tokens for e in engines)
+        self.stop_strings = next((e.stop_strings for e in engines if e.stop_strings), None)
+        self.batch_size = min((e.batch_size for e in engines if e.batch_size), default=None)
 
     def roll_out(
         self, policy: Policy, prompts: Sequence[Prompt], temperature: float, seed: int

@@ -96,10 +96,11 @@ def run_training(command: str, arguments: list[str]) -> None:
         )
 
 
-def default_precision() -> str:
+def default_precision(accelerator: str = "auto") -> str:
     """``bf16-mixed`` where the processor multiplies bfloat16 fast, ``32-true`` elsewhere."""
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    if torch.cuda.is_available() and accelerator != "cpu":
+        fast_gpu = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16-mixed" if fast_gpu else "32-true"
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return "bf16-mixed" if fast is not None and fast() else "32-true"
 
@@ -172,7 +173,14 @@ class IQStarCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Fills in what depends on the machine and on other settings."""
-        config["precision"] = config.get("precision") or default_precision()
+        if config["accelerator"] == "auto" and not torch.cuda.is_available():
+            config["accelerator"] = "cpu"  # Apple's GPUs have no float64, which sampling needs
+        config["precision"] = config.get("precision") or default_precision(config["accelerator"])
+        if config["precision"] == "16-mixed":
+            raise InputError(
+                "trainer.precision: 16-mixed is not supported, because its loss scaling expects "
+                "gradients that overflow, which stop a run here; use bf16-mixed or 32-true"
+            )
         if config["max_steps"] > 0 and not asked_for_validation(config):
             # Before and after only: an evaluation costs as much as several steps.
             config |= {"check_val_every_n_epoch": None, "val_check_interval": sys.maxsize}
