@@ -70,13 +70,11 @@ class RolloutScorer:
     def behaviour(self) -> Float[Tensor, " tokens"]:
         """Log π_θ of the response tokens at the current weights, by our own scoring."""
         model = self.policy.actor
-        parts = []
-        for rollout, sequences in zip(self.micro_batches, self.sequences, strict=True):
-            scored = HeadDistributions(
-                model.hidden(sequences), model.head(self.temperature).prepared()
-            )
-            parts.append(scored.at(rollout.actions))
-        return torch.cat(parts)
+        head = model.head(self.temperature).prepared()
+        pairs = zip(self.micro_batches, self.sequences, strict=True)
+        return torch.cat(
+            [HeadDistributions(model.hidden(s), head).at(rollout.actions) for rollout, s in pairs]
+        )
 
     @torch.no_grad()
     def _score(self, model: CausalLM, sequences: Sequence[TokenSequences]) -> HeadDistributions:
