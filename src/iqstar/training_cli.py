@@ -40,6 +40,29 @@ ROOTS = {
     "predictions": PredictionWriter,
 }
 """Top-level keys of a config, and the classes that take what is below them."""
+CLI_OPTIONS: dict[str, Any] = {
+    "model_class": InverseQStar,
+    "datamodule_class": PromptDataModule,
+    "trainer_class": Trainer,
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    "seed_everything_default": 0,
+    "auto_configure_optimizers": False,
+    "load_from_checkpoint_support": False,
+    "save_config_kwargs": {"overwrite": True},
+    "trainer_defaults": {
+        "max_steps": 100,
+        "num_sanity_val_steps": -1,
+        "log_every_n_steps": 1,
+        "gradient_clip_val": 1.0,
+        "enable_model_summary": False,
+        "logger": {
+            "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+            "init_args": {"save_dir": "runs", "name": "iqstar"},
+        },
+    },
+}
+"""How every command that reads a run's settings sets Lightning's CLI up."""
 
 
 def run_training(command: str, arguments: list[str]) -> None:
@@ -52,14 +75,7 @@ def run_training(command: str, arguments: list[str]) -> None:
     Raises:
         InputError: For bad input of any kind.
     """
-    settings = read_settings(arguments)
-    names = {a.partition("=")[0] for a in arguments}
-    wants_help = any(n == "-h" or n.endswith("help") for n in names)
-    if not (names & {*CONFIG_FLAGS, "--model"} or wants_help):
-        raise InputError(
-            f"iqstar {command} needs --config FILE, for example: "
-            f"iqstar {command} --config configs/quickstart.yaml"
-        )
+    settings = given_settings(command, arguments)
 
     class OneCommandCLI(IQStarCLI):
         @staticmethod
@@ -68,32 +84,30 @@ def run_training(command: str, arguments: list[str]) -> None:
 
     with readable_errors(settings), less_chatter():
         OneCommandCLI(
-            InverseQStar,
-            PromptDataModule,
-            trainer_class=Trainer,
+            args=[command, *arguments],
             parser_kwargs={
                 "exit_on_error": False,
                 command: {"description": "", "usage": SUPPRESS},  # iqstar.cli wrote them
             },
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "max_steps": 100,
-                "num_sanity_val_steps": -1,
-                "log_every_n_steps": 1,
-                "gradient_clip_val": 1.0,
-                "enable_model_summary": False,
-                "logger": {
-                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                    "init_args": {"save_dir": "runs", "name": "iqstar"},
-                },
-            },
-            args=[command, *arguments],
+            **CLI_OPTIONS,
         )
+
+
+def given_settings(command: str, arguments: list[str]) -> list[Setting]:
+    """What the user set, on the command line and in its configs.
+
+    Raises:
+        InputError: If there is no config, or one cannot be read.
+    """
+    settings = read_settings(arguments)
+    names = {a.partition("=")[0] for a in arguments}
+    wants_help = any(n == "-h" or n.endswith("help") for n in names)
+    if not (names & {*CONFIG_FLAGS, "--model"} or wants_help):
+        raise InputError(
+            f"iqstar {command} needs --config FILE, for example: "
+            f"iqstar {command} --config configs/quickstart.yaml"
+        )
+    return settings
 
 
 def default_precision(accelerator: str = "auto") -> str:
@@ -196,18 +210,19 @@ class IQStarCLI(LightningCLI):
 
 
 @contextmanager
-def readable_errors(settings: list[Setting]) -> Iterator[None]:
+def readable_errors(settings: list[Setting], options: tuple[str, ...] = ()) -> Iterator[None]:
     """Whatever is the user's to mend becomes an InputError; what is ours keeps its traceback.
 
     Args:
         settings: What the user set, to point at.
+        options: Further top-level keys of the command.
     """
     try:
         yield
     except InputError:
         raise
     except ArgumentError as error:
-        keys = [*ROOTS, "seed_everything", "ckpt_path", "weights_only", "config"]
+        keys = [*ROOTS, "seed_everything", "ckpt_path", "weights_only", "config", *options]
         raise Explainer(settings, ROOTS, keys).explain(error.message) from error
     except MisconfigurationException as error:
         raise InputError(f"trainer: {error}") from error
