@@ -24,6 +24,7 @@ from iqstar.losses import (
 from iqstar.mdp import Message, Prompt, PromptBatch
 from iqstar.optim import Constant
 from iqstar.rollouts import GenerateRollout
+from iqstar.sharding import whole
 
 # Tiny tensors: threads only cost, most of all on a busy machine.
 torch.set_num_threads(1)
@@ -122,7 +123,7 @@ class Recorder(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
         parameters = [p for p in pl_module.actor.parameters() if p.requires_grad]
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        grads = [whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
         self.gradients.append(flat(dict(enumerate(grads))))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
@@ -177,7 +178,7 @@ def attach(module: InverseQStar, precision: str = "32-true") -> InverseQStar:
 
 def trained(module: InverseQStar) -> dict[Any, Tensor]:
     """The trained weights."""
-    return {n: p.detach() for n, p in module.actor.named_parameters() if p.requires_grad}
+    return {n: whole(p.detach()) for n, p in module.actor.named_parameters() if p.requires_grad}
 
 
 def copied(weights: dict[Any, Tensor]) -> dict[Any, Tensor]:

@@ -16,6 +16,7 @@ from iqstar import InverseQStar
 from iqstar.credit import Whiten
 from iqstar.mdp import TokenCredits
 from iqstar.rollouts import DatasetRollout
+from iqstar.strategies import ShardedStrategy
 
 LONG = "The ring and the thing you saw are on the land and in the air and in the other inn"
 #: Dealt out in turn: the first process gets the long responses, the second nearly none. Twelve
@@ -34,6 +35,12 @@ ALONE = {
 PAIRED = {
     "2 processes x 4": {"batch_size": 4},
     "2 processes x 2 x 2": {"batch_size": 4, "micro": 2, "accumulate_grad_batches": 2},
+}
+
+
+STRATEGIES = {
+    "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+    "fsdp": lambda: ShardedStrategy(process_group_backend="gloo"),
 }
 
 
@@ -76,15 +83,19 @@ def train(folder, dtype, cut, kind=InverseQStar, loss="reverse", lora=None, **op
         optimizer=sgd(0.05),
         **options,
     )
-    run = fit(module, PROMPTS, drop_last=False, precision=PRECISIONS[dtype][0], **cut)
+    # Lightning refuses 64-true with FSDP2; weights of float64 compute in it all the same.
+    sharded = isinstance(cut.get("strategy"), ShardedStrategy)
+    precision = "32-true" if sharded else PRECISIONS[dtype][0]
+    run = fit(module, PROMPTS, drop_last=False, precision=precision, **cut)
     return {name: getattr(run, name) for name in ("gradients", "weights", "losses", "curves")}
 
 
 #: name of a two-process run → its arguments
 RUNS = {
-    f"{dtype}, {name}": {"dtype": dtype, "cut": cut}
+    f"{dtype}, {name}, {strategy}": {"dtype": dtype, "cut": cut, "strategy": strategy}
     for dtype in PRECISIONS
     for name, cut in PAIRED.items()
+    for strategy in STRATEGIES
 } | {
     "local mean": {"dtype": "float32", "cut": PAIRED["2 processes x 4"], "kind": LocalMean},
     "no world size": {"dtype": "float32", "cut": PAIRED["2 processes x 4"], "kind": NoWorldSize},
@@ -94,7 +105,15 @@ RUNS = {
         "kind": NoAccumulation,
     },
     "reward": {"dtype": "float64", "cut": PAIRED["2 processes x 2 x 2"], "loss": "reward"},
-    "adapters": {"dtype": "float64", "cut": PAIRED["2 processes x 2 x 2"], "lora": LORA},
+    **{
+        f"adapters, {strategy}": {
+            "dtype": "float64" if strategy == "ddp" else "float32",  # PEFT's under 32-true
+            "cut": PAIRED["2 processes x 2 x 2"],
+            "lora": LORA,
+            "strategy": strategy,
+        }
+        for strategy in STRATEGIES
+    },
     "a process without tokens": {
         "dtype": "float64",
         "cut": PAIRED["2 processes x 4"],
@@ -118,7 +137,8 @@ def work(rank: int, folder: str, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     runs = {}
     for name, run in RUNS.items():
-        strategy = DDPStrategy(process_group_backend="gloo")
+        run = dict(run)
+        strategy = STRATEGIES[run.pop("strategy", "ddp")]()
         cut = {**run["cut"], "devices": 2, "strategy": strategy}
         runs[name] = train(folder, **{**run, "cut": cut})
     share = credits([[1.0, 2.0, 3.0, 10.0], [-4.0]][rank])
@@ -182,18 +202,22 @@ def test_accumulated_micro_batches_are_one_batch(tiny, whole, dtype, name):
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("name", PAIRED)
-def test_two_processes_are_one_batch(paired, whole, dtype, name):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_are_one_batch(paired, whole, dtype, name, strategy):
     for rank in paired:
-        check_same(rank[f"{dtype}, {name}"], whole(dtype), PRECISIONS[dtype][1])
+        check_same(rank[f"{dtype}, {name}, {strategy}"], whole(dtype), PRECISIONS[dtype][1])
 
 
-def test_every_curve_is_a_global_mean(paired, whole):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_curve_is_a_global_mean(paired, whole, strategy):
     """Not only the loss: lengths, rates, credit, KL, entropy and the gradient norm."""
     timed = {"train/tokens_per_second"}
     for rank in paired:
         for name in PAIRED:
             for ours, theirs in zip(
-                rank[f"float64, {name}"]["curves"], whole("float64")["curves"], strict=True
+                rank[f"float64, {name}, {strategy}"]["curves"],
+                whole("float64")["curves"],
+                strict=True,
             ):
                 assert ours.keys() == theirs.keys() > timed
                 for key in ours.keys() - timed:
@@ -205,9 +229,12 @@ def test_sampled_credit_is_one_batch_too(paired, whole):
         check_same(rank["reward"], whole("float64", "reward"), 1e-10)
 
 
-def test_adapters_are_one_batch_too(paired, whole):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_adapters_are_one_batch_too(paired, whole, strategy):
     for rank in paired:
-        check_same(rank["adapters"], whole("float64", lora=LORA), 1e-10)
+        dtype = "float64" if strategy == "ddp" else "float32"
+        yardstick = whole(dtype, lora=LORA)
+        check_same(rank[f"adapters, {strategy}"], yardstick, PRECISIONS[dtype][1])
 
 
 def test_a_process_without_a_single_token_takes_part(paired, whole):

@@ -220,18 +220,43 @@ def test_generation_uses_the_cache(tiny, checkpointing):
     assert len(widths) == 5
 
 
-def test_generation_leaves_mode_and_settings_as_they_were(tiny):
+def test_generation_leaves_mode_and_settings_as_they_were(tiny, monkeypatch):
     policy = load(tiny)
-    settings = policy.actor.model.generation_config
-    with policy.actor.generating() as model:
-        assert not model.training
-        assert model.generation_config is not settings
-    assert policy.actor.training
-    assert policy.actor.model.generation_config is settings
-    with pytest.raises(RuntimeError, match="stop"), policy.actor.generating():
+    model = policy.actor.model
+    settings = model.generation_config
+    seen = []
+
+    def stopping(**arguments):
+        seen.append((model.training, model.generation_config is settings))
         raise RuntimeError("stop")
+
+    GenerateRollout(max_new_tokens=2).roll_out(policy, PROMPTS, 1.0, 0)
     assert policy.actor.training
-    assert policy.actor.model.generation_config is settings
+    assert model.generation_config is settings
+    monkeypatch.setattr(model, "generate", stopping)
+    with pytest.raises(RuntimeError, match="stop"):
+        GenerateRollout(max_new_tokens=2).roll_out(policy, PROMPTS, 1.0, 0)
+    assert seen == [(False, False)]
+    assert policy.actor.training
+    assert model.generation_config is settings
+
+
+def test_adapters_off_is_what_peft_does(tiny):
+    """PEFT's own context gives the same output; ours leaves what is trained alone."""
+    policy = load(tiny, lora=LORA)
+    model, ids = policy.actor.model, torch.arange(2, 12)[None]
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    adapted = model(ids).logits
+    with model.disable_adapter():
+        expected = model(ids).logits
+    with policy.reference() as reference:
+        assert torch.equal(reference.model(ids).logits, expected)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    assert torch.equal(model(ids).logits, adapted)
+    assert not torch.equal(adapted, expected)
 
 
 def test_every_end_of_sequence_id_is_known(tmp_path):

@@ -15,6 +15,7 @@ from iqstar.distributions import TokenDistributions
 from iqstar.estimators import OptimalPolicyEstimator
 from iqstar.mdp import Rollout, TokenCredits, TokenSequences
 from iqstar.policy import Policy
+from iqstar.ranks import even_spans
 from iqstar.scoring import RolloutScorer, token_positions
 
 
@@ -58,10 +59,9 @@ def assign_credit(
         needs_behaviour: Whether to score the policy itself, at the rollout's weights.
         seed: For estimators that draw at random.
     """
-    rows = [
-        rollout.rows(start, start + micro_batch_size)
-        for start in range(0, len(rollout), micro_batch_size)
-    ]
+    device = rollout.response_ids.device
+    spans = even_spans(len(rollout), micro_batch_size, device)
+    rows = [rollout.rows(start, stop) for start, stop in spans]
     scorer = RolloutScorer(policy, rows, temperature)
     reference = scorer.reference()
     target = estimator.estimate(scorer, reference, seed)

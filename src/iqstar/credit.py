@@ -15,6 +15,7 @@ from torch import Tensor
 
 from iqstar.errors import InputError
 from iqstar.mdp import TokenCredits
+from iqstar.ranks import global_sum
 
 
 class CreditTransform(ABC):
@@ -52,9 +53,7 @@ class Whiten(CreditTransform):
         """See :meth:`CreditTransform.apply`."""
         credit = tokens.credit.double()
         sums = torch.stack([credit.new_tensor(float(len(credit))), credit.sum(), (credit**2).sum()])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
-        count, total, square = sums
+        count, total, square = global_sum(sums)
         mean = total / count.clamp(min=1)
         deviation = (square / count.clamp(min=1) - mean**2).clamp(min=1e-12).sqrt()
         white = (credit - mean if self.shift else credit) / deviation

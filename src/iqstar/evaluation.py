@@ -19,6 +19,7 @@ from iqstar.logprobs import entropy, kl_divergence
 from iqstar.mdp import Prompt, Rollout
 from iqstar.metrics import distinct_n
 from iqstar.policy import CausalLM, Policy
+from iqstar.ranks import even_spans
 from iqstar.rollouts import GenerateRollout, RolloutEngine
 from iqstar.scoring import pack_prompts
 
@@ -117,8 +118,8 @@ def divergence_sums(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
     device = rollout.response_ids.device
     kl = torch.zeros((), dtype=torch.float64, device=device)
     bits = torch.zeros_like(kl)
-    for start in range(0, len(rollout), SCORED_ROWS):
-        rows = rollout.rows(start, start + SCORED_ROWS)
+    for start, stop in even_spans(len(rollout), SCORED_ROWS, device):
+        rows = rollout.rows(start, stop)
         ours = _distributions(policy.actor, rows)
         with policy.reference() as model:
             theirs = _distributions(model, rows)
@@ -131,7 +132,8 @@ def divergence_sums(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
 
 
 def _distributions(model: CausalLM, rollout: Rollout) -> HeadDistributions:
-    return HeadDistributions(model.hidden(pack_prompts(model, rollout)), model.head().prepared())
+    hidden = model.hidden(pack_prompts(model, rollout))
+    return HeadDistributions(hidden, model.frozen_head())
 
 
 def evaluation_metrics(

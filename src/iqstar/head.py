@@ -53,6 +53,11 @@ class LanguageHead:
         bias = None if self.bias is None else self.bias.detach()[: self.vocab_size].to(dtype)
         return replace(self, weight=self.weight.detach()[: self.vocab_size].to(dtype), bias=bias)
 
+    def copied(self) -> LanguageHead:
+        """The head with tensors of its own."""
+        bias = None if self.bias is None else self.bias.clone()
+        return replace(self, weight=self.weight.clone(), bias=bias)
+
     def logits(self, hidden: Float[Tensor, "chunk dim"]) -> Float[Tensor, "chunk vocab"]:
         """Logits in float32 (float64 for a float64 model) of a prepared head."""
         product = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from iqstar.assignment import MicroBatch, assign_credit, credit_rows
@@ -26,7 +27,7 @@ from iqstar.evaluation import Evaluation, Sample, evaluation_metrics, sample_and
 from iqstar.head import head_loss
 from iqstar.judges import Judge
 from iqstar.losses import DistributionImitationLoss, TokenLoss
-from iqstar.mdp import Prompt, PromptBatch
+from iqstar.mdp import Prompt, PromptBatch, Rollout
 from iqstar.metrics import TokenMeans
 from iqstar.optim import (
     OptimizerFactory,
@@ -35,8 +36,18 @@ from iqstar.optim import (
     default_optimizer,
     parameter_groups,
 )
-from iqstar.policy import Policy, PolicySpec, load_policy
+from iqstar.policy import CausalLM, Policy, PolicySpec, load_policy
+from iqstar.ranks import gather, global_sum
+from iqstar.resume import (
+    check_same_frozen,
+    random_state,
+    rollout_from,
+    rollout_state,
+    set_random_state,
+    with_behaviour,
+)
 from iqstar.rollouts import GenerateRollout, RolloutEngine, rollout_seed
+from iqstar.sharding import whole
 
 
 @dataclass
@@ -130,8 +141,13 @@ class InverseQStar(LightningModule):
         self.progress = Progress()
         self.train_means = TokenMeans(TRAIN_MEANS)
         self.val_means = TokenMeans(("kl", "entropy"))
+        self.recipe: str | None = None
+        self.command: str | None = None
         self._buffer: list[MicroBatch] = []
-        self._current: MicroBatch | None = None
+        self._buffer_seed = 0
+        self._batch: PromptBatch | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._saved_rollout: dict[str, Any] | None = None
         self._window_weight = torch.zeros(())
         self._val_samples: list[Sample] = []
 
@@ -209,6 +225,10 @@ class InverseQStar(LightningModule):
         rollout = self.rollout.roll_out(self.policy, prompts, self.temperature, seed)
         if self.mask_truncated:
             rollout = rollout.without_truncated()
+        return self._assign(rollout, seed, self.loss.needs_behaviour)
+
+    def _assign(self, rollout: Rollout, seed: int, needs_behaviour: bool) -> list[MicroBatch]:
+        assert self.policy is not None
         return assign_credit(
             self.policy,
             rollout,
@@ -216,20 +236,21 @@ class InverseQStar(LightningModule):
             self.transforms,
             temperature=self.temperature,
             micro_batch_size=self.micro_batch_size or len(rollout),
-            needs_behaviour=self.loss.needs_behaviour,
+            needs_behaviour=needs_behaviour,
             seed=seed,
         )
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Makes a rollout where one is due, and counts the tokens of the accumulation window."""
-        resumed_inside = not self._buffer and batch.step > 0  # the rest of it is sampled anew
+        resumed_inside = not self._buffer and batch.step > 0
         if batch.step == 0 or resumed_inside:
-            seed = rollout_seed(self.seed, self.progress.rollouts, self.global_rank)
             with self.trainer.precision_plugin.forward_context():
-                self._buffer = self.collect(batch.prompts, seed)
-            self.progress.rollouts += 1
-            rows = sum(len(m.rollout) for m in self._buffer)
-            self.progress.samples += int(self._global_sum(torch.tensor(float(rows))))
+                if resumed_inside and self._saved_rollout is not None:
+                    self._restore_rollout(self._saved_rollout)
+                else:
+                    self._new_rollout(batch.prompts)
+            self._saved_rollout = None
+        self._batch = batch
         if batch.step >= len(self._buffer) * self.epochs_per_rollout:
             raise InputError(
                 "data: the loader repeats a batch of prompts more often than its rollout has "
@@ -250,7 +271,21 @@ class InverseQStar(LightningModule):
                 (self._micro_batch(step).tokens.weight.sum() for step in window),
                 start=torch.zeros((), device=self.device),
             )
-            self._window_weight = self._global_sum(weight)
+            self._window_weight = global_sum(weight)
+
+    def _new_rollout(self, prompts: tuple[Prompt, ...]) -> None:
+        self._buffer_seed = rollout_seed(self.seed, self.progress.rollouts, self.global_rank)
+        self._buffer = self.collect(prompts, self._buffer_seed)
+        self.progress.rollouts += 1
+        rows = sum(len(m.rollout) for m in self._buffer)
+        self.progress.samples += int(global_sum(torch.tensor(rows, device=self.device)))
+
+    def _restore_rollout(self, state: dict[str, Any]) -> None:
+        """The rollout that a checkpoint was made in; frozen models score it once more."""
+        self._buffer_seed = state["seed"]
+        rollout = rollout_from(state, self.chat.pad_id, self.device)
+        parts = self._assign(rollout, self._buffer_seed, needs_behaviour=False)
+        self._buffer = with_behaviour(parts, state["behaviour"])
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """The loss of one micro-batch, so scaled that the window's gradient is that of a mean.
@@ -260,7 +295,7 @@ class InverseQStar(LightningModule):
             (accumulation) and DDP or FSDP (ranks) apply, so that the optimiser sees
             Σ loss / N with N the weight of all response tokens of the window on all ranks.
         """
-        micro = self._current = self._micro_batch(batch.step)
+        micro = self._micro_batch(batch.step)
         hidden = self.actor.hidden(micro.sequences)  # log π_θ follows from it, chunk by chunk
         total, sums = head_loss(
             hidden, self.actor.head(self.temperature), lambda z, i: self._per_token(micro, z, i)
@@ -285,11 +320,11 @@ class InverseQStar(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the curves of the accumulation window; the gradient norm is that before clipping."""
         grads = [p.grad for p in self.actor.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = whole(torch.nn.utils.get_total_norm(grads))
         if not torch.isfinite(norm):
             raise self._non_finite("gradient norm")
         means = self.train_means.compute()
-        tokens = float(self._global_sum(self.train_means.count("credit")))
+        tokens = float(global_sum(self.train_means.count("credit")))
         self.train_means.reset()
         now = time.perf_counter()
         curves = {
@@ -304,7 +339,11 @@ class InverseQStar(LightningModule):
         self.log("kl", means["kl"].float(), prog_bar=True, logger=False)
 
     def on_train_start(self) -> None:
-        """Starts the clock of the throughput curve."""
+        """Starts the clock of the throughput curve; a resumed rank goes on where it stopped."""
+        if self._resumed is not None:
+            set_random_state(self._resumed["random"])
+            self._saved_rollout = self._resumed["rollout"]
+            self._resumed = None
         self.progress.clock = time.perf_counter()
 
     # -- evaluation --------------------------------------------------------------------------
@@ -330,7 +369,7 @@ class InverseQStar(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Gathers the evaluation over ranks, keeps and logs it; before training, as step 0."""
-        samples = self._gathered(self._val_samples)
+        samples = [sample for part in gather(self._val_samples) for sample in part]
         if not samples:
             return
         metrics = evaluation_metrics(samples, self.val_means.compute(), self.judge is not None)
@@ -369,45 +408,64 @@ class InverseQStar(LightningModule):
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in trained}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what has been done and measured so far."""
+        """Adds what has been done and measured so far, and what each rank needs to go on."""
+        batch = self._batch
+        inside = batch is not None and batch.step + 1 < batch.steps
+        rank = {
+            "random": random_state(),
+            "rollout": rollout_state(self._buffer, self._buffer_seed) if inside else None,
+        }
         checkpoint["iqstar"] = {
             "progress": asdict(self.progress),
             "evaluations": [asdict(e) for e in self.evaluations],
+            "frozen": self._frozen_fingerprints(),
+            "precision": str(self.trainer.precision),
+            "recipe": self.recipe,
+            "command": self.command,
+            "ranks": gather(rank),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint holds every trained weight, and takes up its records."""
-        missing = set(self.state_dict()) - set(checkpoint["state_dict"])
-        if missing:
+        """Checks that the checkpoint is one of this model, and takes up its records."""
+        weights = checkpoint.get("state_dict")  # sharded ones are loaded and checked elsewhere
+        if weights is not None and (missing := set(self.state_dict()) - set(weights)):
             raise InputError(
-                f"ckpt_path: the checkpoint lacks {len(missing)} trained weights, {min(missing)} "
+                f"--ckpt_path: the checkpoint lacks {len(missing)} trained weights, {min(missing)} "
                 "among them; it belongs to another model or another model.policy.lora"
             )
-        if "iqstar" in checkpoint:
-            self.progress = Progress(**checkpoint["iqstar"]["progress"])
-            self.evaluations = [
-                Evaluation(**{**e, "samples": tuple(Sample(**s) for s in e["samples"])})
-                for e in checkpoint["iqstar"]["evaluations"]
-            ]
+        if (saved := checkpoint.get("iqstar")) is None:
+            return
+        check_same_frozen(saved["frozen"], self._frozen_fingerprints())
+        if saved["precision"] != str(self.trainer.precision):
+            rank_zero_warn(
+                f"The checkpoint was trained with trainer.precision={saved['precision']}, this run "
+                f"has {self.trainer.precision}: it will not go on exactly as it would have"
+            )
+        self.progress = Progress(**saved["progress"])
+        self.evaluations = [
+            Evaluation(**{**e, "samples": tuple(Sample(**s) for s in e["samples"])})
+            for e in saved["evaluations"]
+        ]
+        if len(saved["ranks"]) == self.trainer.world_size:
+            self._resumed = saved["ranks"][self.global_rank]
+
+    def _frozen_fingerprints(self) -> dict[str, str]:
+        """Identity of the weights that checkpoints leave out, by their role."""
+        assert self.policy is not None
+        own = {
+            f"estimator.{name}": part.fingerprint
+            for name, part in self.estimator.named_modules()
+            if isinstance(part, CausalLM)
+        }
+        return {"reference": self.policy.actor.fingerprint} | own
 
     # -- small helpers -----------------------------------------------------------------------
 
     def _micro_batch(self, step: int) -> MicroBatch:
         return self._buffer[step % len(self._buffer)]
 
-    def _global_sum(self, value: Tensor) -> Tensor:
-        reduced: Tensor = self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")
-        return reduced
-
-    def _gathered(self, samples: list[Sample]) -> list[Sample]:
-        if self.trainer.world_size == 1:
-            return samples
-        parts: list[list[Sample]] = [[] for _ in range(self.trainer.world_size)]
-        torch.distributed.all_gather_object(parts, samples)
-        return [sample for part in parts for sample in part]
-
     def _non_finite(self, what: str) -> NonFiniteLossError:
-        rows = self._current.rollout.prompts[:3] if self._current else ()
+        rows = self._micro_batch(self._batch.step).rollout.prompts[:3] if self._batch else ()
         prompts = "; ".join(repr(p.messages[-1].content[:60]) for p in rows)
         return NonFiniteLossError(
             f"the {what} is not finite at optimiser step {self.global_step}, rollout "

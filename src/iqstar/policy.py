@@ -13,15 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from iqstar import attention
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
+from iqstar.fingerprint import fingerprint
 from iqstar.head import LanguageHead
 from iqstar.mdp import TokenSequences
 from iqstar.pretrained import load_config, load_model, load_tokenizer, resolve_model
+from iqstar.sharding import is_sharded, shard, whole_blocks
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16}
 """Trainer precisions under which matrix products run in a smaller dtype than the weights."""
@@ -105,6 +108,24 @@ class CausalLM(nn.Module):
         super().__init__()
         self.model: Any = model
         self.chat = chat
+        self.fingerprint = ""
+        self._sharded_on: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._sharded_on or next(self.parameters()).device
+
+    def shard(self, mesh: DeviceMesh, device: torch.device, offload: bool = False) -> None:
+        """Spreads the weights over the ranks of a mesh, in place (:mod:`iqstar.sharding`).
+
+        Args:
+            mesh: One-dimensional.
+            device: This rank's.
+            offload: Keep the shards in main memory.
+        """
+        shard(self, mesh, ("hidden", "generate"), offload)
+        self._sharded_on = device
 
     @property
     def _plain(self) -> Any:
@@ -146,12 +167,24 @@ class CausalLM(nn.Module):
             temperature=temperature,
         )
 
-    @contextmanager
-    def generating(self) -> Iterator[Any]:
-        """The transformers model, ready for ``generate``: evaluation mode, own settings put aside.
+    def frozen_head(self, temperature: float = 1.0) -> LanguageHead:
+        """The head prepared for use without gradient, at any later time.
 
-        A checkpoint's sampling settings (temperature, top-k, penalties) would bias the rollout
-        (method §5), and transformers fills what a caller leaves unset from them.
+        Of a sharded model, ask for it after :meth:`hidden`, which gathers the weights; it is then
+        a copy, since they are given up again.
+        """
+        head = self.head(temperature).prepared()
+        return head.copied() if is_sharded(self) else head
+
+    @torch.no_grad()
+    def generate(self, **arguments: Any) -> Int[Tensor, "batch seq"]:
+        """Transformers' ``generate`` in evaluation mode, the checkpoint's own settings put aside.
+
+        Those of sampling (temperature, top-k, penalties) would bias the rollout (method §5), and
+        transformers fills what a caller leaves unset from them.
+
+        Args:
+            arguments: Those of ``generate``.
         """
         from transformers import GenerationConfig
 
@@ -160,10 +193,12 @@ class CausalLM(nn.Module):
         inner.generation_config = GenerationConfig()
         self.eval()
         try:
-            yield self.model
+            with whole_blocks(self) as independent:
+                tokens: Tensor = self.model.generate(**arguments, synced_gpus=not independent)
         finally:
             inner.generation_config = own
             self.train(training)
+        return tokens
 
 
 @dataclass(kw_only=True)
@@ -184,8 +219,8 @@ class Policy:
     @contextmanager
     def reference(self) -> Iterator[CausalLM]:
         """π_ref, without gradient."""
-        adapters_off = self.actor.model.disable_adapter() if self.frozen is None else nullcontext()
-        with torch.no_grad(), adapters_off:
+        off = adapters_off(self.actor.model) if self.frozen is None else nullcontext()
+        with torch.no_grad(), off:
             yield self.frozen or self.actor
 
     def trainable(self) -> tuple[int, int]:
@@ -207,8 +242,14 @@ def load_policy(spec: PolicySpec, chat: ChatFormat, precision: str = "32-true") 
     Raises:
         InputError: If the model cannot be loaded, or its output head is not understood.
     """
-    actor = CausalLM(_load(spec, "model.policy.model"), chat)
-    _check_head(actor, "model.policy.model")
+    return make_policy(_load(spec, chat, "model.policy.model"), spec, precision)
+
+
+def make_policy(actor: CausalLM, spec: PolicySpec, precision: str = "32-true") -> Policy:
+    """The policy and its frozen reference, from a model that is loaded; arguments as above.
+
+    It computes nothing, so the weights may be on the meta device.
+    """
     if spec.lora is not None:
         actor.model.requires_grad_(False)
         _cast_matrices(actor.model, precision)
@@ -248,14 +289,13 @@ def load_frozen(model: str, policy: ChatFormat, precision: str, key: str) -> Cau
             f"({len(ours)} tokens) in {differing} entries, so their log-probs are not comparable; "
             "choose a model of the same family, or leave the key out to use the reference itself"
         )
-    frozen = CausalLM(_load(spec, key), chat)
-    _check_head(frozen, key)
+    frozen = _load(spec, chat, key)
     _freeze(frozen, precision)
     return frozen
 
 
-def _load(spec: PolicySpec, key: str) -> nn.Module:
-    """The bare model with every dropout at 0: scoring and sampling must agree."""
+def _load(spec: PolicySpec, chat: ChatFormat, key: str) -> CausalLM:
+    """The model with every dropout at 0: scoring and sampling must agree."""
     if spec.attn_implementation == attention.NAME:
         attention.register()
     model = load_model(
@@ -272,7 +312,29 @@ def _load(spec: PolicySpec, key: str) -> nn.Module:
                 setattr(module, name, 0.0)
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return model
+    lm = CausalLM(model, chat)
+    _check_head(lm, key)
+    lm.fingerprint = fingerprint(model)
+    return lm
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """PEFT's layers without their adapters.
+
+    Unlike PEFT's own context it leaves ``requires_grad`` alone, which would not reach weights
+    that are gathered from shards.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def _with_adapters(model: nn.Module, lora: LoRASpec) -> nn.Module:

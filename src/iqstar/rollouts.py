@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from iqstar.errors import InputError
 from iqstar.mdp import Prompt, Rollout, concatenate, make_rollout
 from iqstar.policy import CausalLM, Policy
+from iqstar.ranks import even_spans, global_max
 from iqstar.sampling import CategoricalSampler
 
 KEY = "model.rollout.init_args"
@@ -115,10 +115,9 @@ class GenerateRollout(RolloutEngine):
         if temperature <= 0:
             raise InputError(f"model.temperature: must be positive, got {temperature}")
         rows = [p for p in prompts for _ in range(self.responses_per_prompt)]
-        size = self.batch_size or len(rows)
         ids: list[list[int]] = []
         truncated: list[bool] = []
-        device = next(model.parameters()).device
+        device = model.device
         sampler = CategoricalSampler(
             temperature=temperature,
             vocab_size=model.chat.vocab_size,
@@ -127,13 +126,12 @@ class GenerateRollout(RolloutEngine):
             top_k=self.top_k,
             top_p=self.top_p,
         )
-        for start in range(0, len(rows), size):
-            for row, cut in self._generate(model, rows[start : start + size], sampler):
+        for start, stop in even_spans(len(rows), self.batch_size or len(rows), device):
+            for row, cut in self._generate(model, rows[start:stop], sampler):
                 ids.append(row)
                 truncated.append(cut)
         return make_rollout(rows, ids, truncated, model.chat.pad_id).to(device)
 
-    @torch.no_grad()
     def _generate(
         self, model: CausalLM, prompts: Sequence[Prompt], sampler: CategoricalSampler
     ) -> list[tuple[list[int], bool]]:
@@ -148,7 +146,7 @@ class GenerateRollout(RolloutEngine):
                 f"ones exceed the model's {model.max_tokens} positions; lower "
                 f"data.max_prompt_tokens or {KEY}.max_new_tokens"
             )
-        device = next(model.parameters()).device
+        device = model.device
         input_ids = torch.full((len(prompts), width), chat.pad_id, device=device)
         attention = torch.zeros_like(input_ids)
         for i, context in enumerate(contexts):
@@ -158,20 +156,19 @@ class GenerateRollout(RolloutEngine):
         extra: dict[str, Any] = {}
         if stops:
             extra = {"stop_strings": list(stops), "tokenizer": chat.tokenizer}
-        with model.generating() as generator:
-            settings = GenerationConfig(
-                do_sample=False,  # the sampler draws
-                max_new_tokens=self.max_new_tokens,
-                eos_token_id=list(chat.eos_ids) or None,
-                pad_token_id=chat.pad_id,
-            )
-            output: Tensor = generator.generate(
-                input_ids=input_ids,
-                attention_mask=attention,
-                generation_config=settings,
-                logits_processor=[sampler],
-                **extra,
-            )
+        settings = GenerationConfig(
+            do_sample=False,  # the sampler draws
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=list(chat.eos_ids) or None,
+            pad_token_id=chat.pad_id,
+        )
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention,
+            generation_config=settings,
+            logits_processor=[sampler],
+            **extra,
+        )
         return [
             _ended(row, chat.eos_ids, self.max_new_tokens, stops, chat.tokenizer.decode)
             for row in output[:, width:].tolist()
@@ -232,8 +229,8 @@ class DatasetRollout(RolloutEngine):
             response = chat.response_ids(prompt.response, prompt.complete)
             ids.append(response[: self.max_new_tokens])
             truncated.append(len(response) > self.max_new_tokens or not prompt.complete)
-        device = next(policy.actor.parameters()).device
-        return make_rollout(list(prompts), ids, truncated, chat.pad_id).to(device)
+        rollout = make_rollout(list(prompts), ids, truncated, chat.pad_id)
+        return rollout.to(policy.actor.device)
 
 
 class MixtureRollout(RolloutEngine):
@@ -275,9 +272,11 @@ class MixtureRollout(RolloutEngine):
         parts = []
         for number, engine in enumerate(self.engines):
             chosen = [p for p, d in zip(prompts, drawn, strict=True) if d == number]
-            if chosen:
+            if global_max(len(chosen), policy.actor.device):
+                # Sharded models need every rank; one without such a prompt takes part in vain.
                 own_seed = rollout_seed(seed, number)
-                parts.append(engine.roll_out(policy, chosen, temperature, own_seed))
+                part = engine.roll_out(policy, chosen or prompts[:1], temperature, own_seed)
+                parts += [part] if chosen else []
         return concatenate(parts, policy.actor.chat.pad_id)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -69,18 +70,21 @@ class RolloutScorer:
     @torch.no_grad()
     def behaviour(self) -> Float[Tensor, " tokens"]:
         """Log π_θ of the response tokens at the current weights, by our own scoring."""
-        model = self.policy.actor
-        head = model.head(self.temperature).prepared()
-        pairs = zip(self.micro_batches, self.sequences, strict=True)
+        parts = self._score(self.policy.actor, self.sequences)
+        sizes = [len(s.predictors) for s in self.sequences]
+        bounds = pairwise(accumulate(sizes, initial=0))
         return torch.cat(
-            [HeadDistributions(model.hidden(s), head).at(rollout.actions) for rollout, s in pairs]
+            [
+                parts.window(start, stop).at(rollout.actions)
+                for rollout, (start, stop) in zip(self.micro_batches, bounds, strict=True)
+            ]
         )
 
     @torch.no_grad()
     def _score(self, model: CausalLM, sequences: Sequence[TokenSequences]) -> HeadDistributions:
-        if id(model) not in self._heads:
-            self._heads[id(model)] = model.head(self.temperature).prepared()
         hidden = torch.cat([model.hidden(s) for s in sequences])
+        if id(model) not in self._heads:
+            self._heads[id(model)] = model.frozen_head(self.temperature)
         return HeadDistributions(hidden, self._heads[id(model)])
 
 

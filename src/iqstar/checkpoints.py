@@ -1,0 +1,257 @@
+"""Checkpoints on disk: written whole or not at all, in one file or one part per rank, read as one.
+
+A sharded checkpoint is a folder of ``torch.distributed.checkpoint`` with Lightning's ``meta.pt``
+for all that is no tensor of the model or optimiser. Both kinds are written under a name that ends
+in ``.part`` and renamed when they are complete, so whatever has its final name can be resumed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from iqstar.errors import InputError
+
+META = "meta.pt"
+PART = ".part"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its final place, then renames it; reads sharded ones too."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Writes one file.
+
+        Raises:
+            InputError: If it cannot be written; what was there before is left as it was.
+        """
+        write_file(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint of either kind; see :func:`read_checkpoint`."""
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes a checkpoint of either kind."""
+        remove(Path(path))
+
+
+def write_file(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Writes a checkpoint into one file.
+
+    Raises:
+        InputError: If it cannot be written; what was there before is left as it was.
+    """
+    with whole_or_nothing(path) as part, part.open("wb") as file:
+        torch.save(dict(checkpoint), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def whole_or_nothing(path: Path, writes: bool = True) -> Iterator[Path]:
+    """A name beside ``path`` to write to, which is renamed to ``path`` at the end.
+
+    Args:
+        path: The final name, of a file or a folder.
+        writes: Whether this process cleans up and renames; only one of several does.
+
+    Raises:
+        InputError: If writing or renaming fails; ``path`` is then as it was.
+    """
+    part = path.with_name(path.name + PART)
+    try:
+        if writes:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove(part)
+        yield part
+        if writes:
+            publish(part, path)
+    except Exception as error:
+        if writes:
+            remove(part)
+        if reason := _write_failure(error):
+            free = shutil.disk_usage(_existing(path)).free / 2**20
+            raise InputError(
+                f"checkpoint: cannot write {path} ({reason}; {free:,.0f} MiB free there); "
+                "checkpoints saved before are untouched: make room, or write elsewhere with "
+                "trainer.logger.init_args.save_dir, then continue with --ckpt_path last"
+            ) from error
+        raise
+
+
+def _write_failure(error: BaseException) -> str | None:
+    """Why a file could not be written, if that is what went wrong."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error)
+    if "PytorchStreamWriter" in text or "inline_container" in text:  # torch's archive writer
+        return "the disk is full or cannot be written"
+    found = re.search(r"OSError: \[Errno \d+\] ([^:\n]+)", text)  # another rank's
+    return found[1] if found else None
+
+
+def publish(part: Path, path: Path) -> None:
+    """Gives a complete checkpoint its final name, in place of what had it before."""
+    if path.is_dir() and not path.is_symlink():
+        old = path.with_name(path.name + ".old" + PART)
+        remove(old)
+        path.rename(old)
+        part.rename(path)
+        remove(old)
+    else:
+        os.replace(part, path)
+    _sync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_sharded_checkpoint(path: Path) -> bool:
+    """Whether this is the folder of a sharded checkpoint."""
+    return path.is_dir() and (path / META).is_file() and (path / ".metadata").is_file()
+
+
+def is_complete(path: Path) -> bool:
+    """Whether this is a checkpoint that was written to its end."""
+    return is_sharded_checkpoint(path) or (path.is_file() and zipfile.is_zipfile(path))
+
+
+def check_complete(path: Path) -> None:
+    """Checks that a path is a checkpoint that can be read.
+
+    Raises:
+        InputError: If it does not exist, is something else, or was not written to its end.
+    """
+    if not path.exists():
+        raise InputError(
+            f"--ckpt_path: {path} does not exist; give a .ckpt file or folder of an earlier run, "
+            "such as runs/quickstart/version_0/checkpoints/last.ckpt"
+        )
+    if path.name.endswith(PART) or not is_complete(path):
+        newest = newest_checkpoint(path.parent)
+        instead = f"; the newest complete one there is {newest}" if newest else ""
+        raise InputError(
+            f"--ckpt_path: {path} is no checkpoint, or a damaged or half-written one{instead}"
+        )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint written last, anywhere below a folder; None if there is none."""
+    found = (
+        {p.resolve() for p in folder.rglob("*.ckpt") if p.exists()} if folder.is_dir() else set()
+    )
+    complete = [p for p in found if is_complete(p)]
+    return max(complete, key=_written, default=None)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint, whole, into main memory.
+
+    Args:
+        path: A file, or the folder of a sharded checkpoint.
+
+    Returns:
+        What Lightning keeps in one file: ``state_dict``, ``optimizer_states``, ``iqstar``, …
+
+    Raises:
+        InputError: If it is none, damaged or incomplete.
+    """
+    check_complete(path)
+    try:
+        if path.is_dir():
+            return _assembled(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"--ckpt_path: {path} cannot be read ({reason}); give another") from error
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What a sharded checkpoint holds besides weights and optimiser states."""
+    return dict(torch.load(folder / META, map_location="cpu", weights_only=True))
+
+
+def _assembled(folder: Path) -> dict[str, Any]:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    parts: dict[str, Any] = {}
+    _load_state_dict(
+        parts,
+        storage_reader=FileSystemReader(folder),
+        planner=_EmptyStateDictLoadPlanner(),
+        no_dist=True,
+    )
+    optimizers = [parts[key] for key in sorted(parts) if key.startswith("optimizer_")]
+    return read_meta(folder) | {
+        "state_dict": parts["state_dict"],
+        "optimizer_states": [numbered(state) for state in optimizers],
+    }
+
+
+def numbered(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's state by number of the weight, as torch's optimisers have it, from names.
+
+    Args:
+        state: ``state`` by name, and ``param_groups`` with the names of their ``params``.
+    """
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    return _renamed(state, {name: number for number, name in enumerate(names)}.__getitem__)
+
+
+def named(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """An optimiser's state by name of the weight, from numbers.
+
+    Args:
+        state: ``state`` and ``params`` by number.
+        names: Of the optimiser's weights, group by group.
+    """
+    return _renamed(state, names.__getitem__)
+
+
+def _renamed(state: Mapping[str, Any], name: Callable[[Any], Any]) -> dict[str, Any]:
+    return {
+        "state": {name(key): value for key, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [name(key) for key in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }
+
+
+def _written(path: Path) -> float:
+    """When a checkpoint was completed."""
+    return (path / META if path.is_dir() else path).stat().st_mtime
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

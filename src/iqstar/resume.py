@@ -1,0 +1,119 @@
+"""What a rank needs, beside weights and optimiser, to go on exactly where it stopped.
+
+Random state, and the rollout it is training on: its responses and, where a loss needs them, the
+policy's log-probs at the weights that sampled it. All else of a rollout follows from frozen
+models and is computed again. Plain values only, which load with ``weights_only``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iqstar.assignment import MicroBatch
+from iqstar.errors import InputError
+from iqstar.mdp import Message, Prompt, Rollout, make_rollout
+
+
+def check_same_frozen(saved: dict[str, str], here: dict[str, str]) -> None:
+    """Checks that frozen models are those that a checkpoint was trained against.
+
+    Args:
+        saved: Fingerprints in the checkpoint, by role.
+        here: Those of this run.
+
+    Raises:
+        InputError: If one differs.
+    """
+    for role in sorted(saved.keys() | here.keys()):
+        then, now = (side.get(role, "none")[:12] for side in (saved, here))
+        if then != now:
+            raise InputError(
+                f"--ckpt_path: the checkpoint was trained with other frozen weights ({role}: "
+                f"{then} there, {now} here); give the same model.policy.model and "
+                "model.estimator, or a checkpoint of these"
+            )
+
+
+def random_state() -> dict[str, Any]:
+    """The state of all global random generators of this process."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
+    return {
+        "python": random.getstate(),
+        "numpy": [str(kind), keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Puts all global random generators back to a state."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def rollout_state(micro_batches: Sequence[MicroBatch], seed: int) -> dict[str, Any]:
+    """A rollout as plain values.
+
+    Args:
+        micro_batches: The rollout, as it is trained on.
+        seed: With which it was made.
+    """
+    parts = [micro.rollout for micro in micro_batches]
+    return {
+        "seed": seed,
+        "prompts": [_plain(prompt) for part in parts for prompt in part.prompts],
+        "responses": [
+            row[mask].tolist()
+            for part in parts
+            for row, mask in zip(part.response_ids, part.response_mask, strict=True)
+        ],
+        "truncated": [bool(cut) for part in parts for cut in part.truncated],
+        "behaviour": [micro.tokens.behaviour for micro in micro_batches],
+    }
+
+
+def rollout_from(state: dict[str, Any], pad_id: int, device: torch.device) -> Rollout:
+    """The responses of :func:`rollout_state`."""
+    prompts = [_prompt(values) for values in state["prompts"]]
+    rollout = make_rollout(prompts, state["responses"], state["truncated"], pad_id)
+    return rollout.to(device)
+
+
+def with_behaviour(
+    micro_batches: Sequence[MicroBatch], behaviour: Sequence[Tensor | None]
+) -> list[MicroBatch]:
+    """The same micro-batches with the log-probs of the weights that sampled them."""
+    return [
+        replace(micro, tokens=replace(micro.tokens, behaviour=_like(saved, micro)))
+        for micro, saved in zip(micro_batches, behaviour, strict=True)
+    ]
+
+
+def _like(saved: Tensor | None, micro: MicroBatch) -> Tensor | None:
+    return None if saved is None else saved.to(micro.tokens.credit.device)
+
+
+def _plain(prompt: Prompt) -> dict[str, Any]:
+    return {
+        "messages": [(m.role, m.content) for m in prompt.messages],
+        "response": prompt.response,
+        "complete": prompt.complete,
+    }
+
+
+def _prompt(values: dict[str, Any]) -> Prompt:
+    messages = tuple(Message(role=role, content=text) for role, text in values["messages"])
+    return Prompt(messages=messages, response=values["response"], complete=values["complete"])

@@ -1,0 +1,123 @@
+"""Fully sharded models (FSDP2): each transformer block, and the rest, spread over the ranks.
+
+A block's weights are whole on a rank only while it computes. The rest of a model (embeddings,
+last norm, output head) is gathered at its first use and stays whole until the backward pass, so
+that the losses, which need the head's weight, may use it after the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from iqstar.errors import InputError
+from iqstar.ranks import global_max
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks of any decoder: the members of the module list that holds most weights.
+
+    Raises:
+        InputError: If the model has no module list.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise InputError(
+            f"trainer.strategy: {type(model).__name__} has no list of transformer blocks to shard; "
+            "use ddp for this model"
+        )
+    return [*max(lists, key=_size)]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def shard(
+    model: nn.Module, mesh: DeviceMesh, methods: tuple[str, ...], offload: bool = False
+) -> None:
+    """Spreads a model's weights over a device mesh, in place; they move to the mesh's device.
+
+    Args:
+        model: A module around a decoder. Weights of one block, and those outside of the blocks,
+            are gathered together.
+        mesh: One-dimensional.
+        methods: Names of the model's methods, besides ``forward``, that run it.
+        offload: Keep the shards in main memory, and copy them to the device when gathered.
+    """
+    policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+    for block in transformer_blocks(model):
+        fully_shard(block, mesh=mesh, offload_policy=policy)
+    fully_shard(model, mesh=mesh, offload_policy=policy, reshard_after_forward=False)
+    for name in methods:
+        register_fsdp_forward_method(model, name)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether :func:`shard` was applied to a model."""
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def whole_blocks(model: nn.Module) -> Iterator[bool]:
+    """All blocks gathered, once, for many forward passes; inside one of the model's methods.
+
+    Where the memory of a rank's GPU does not allow it, blocks are gathered at every forward pass
+    as ever, and all ranks must make equally many.
+
+    Yields:
+        Whether forward passes need no communication, so that ranks may make different numbers.
+    """
+    blocks = [m for m in model.modules() if isinstance(m, FSDPModule) and m is not model]
+    if not is_sharded(model) or not blocks:
+        yield True
+        return
+    if not _fit(blocks):
+        yield False
+        return
+    for block in blocks:
+        block.set_reshard_after_forward(False, recurse=False)
+        block.unshard()
+    try:
+        yield True
+    finally:
+        for block in blocks:
+            block.set_reshard_after_forward(True, recurse=False)
+            block.reshard()
+
+
+def _fit(blocks: Sequence[nn.Module]) -> bool:
+    """Whether all ranks have room for whole blocks and, as a margin, half as much again."""
+    weights = [p for block in blocks for p in block.parameters()]
+    if weights[0].device.type != "cuda":
+        return True
+    needed = sum(p.numel() * p.element_size() for p in weights)
+    free, _ = torch.cuda.mem_get_info(weights[0].device)
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return not global_max(int(needed * 1.5 > free), weights[0].device)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is the same on all ranks, gathered if it is spread over them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A model's whole weights in main memory, on rank 0; empty on other ranks. All must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
