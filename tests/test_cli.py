@@ -49,7 +49,7 @@ def test_usage(capsys):
     usage = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == usage
-    for command in ("fit", "validate", "test", "predict", "audit"):
+    for command in ("fit", "validate", "test", "predict", "audit", "export"):
         assert f"  {command} " in usage
 
 

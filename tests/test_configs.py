@@ -10,9 +10,9 @@ from jsonargparse import ArgumentParser
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import iqstar.summary
 from cli_tools import write_prompts
 from iqstar.cli import main
+from iqstar.export_callback import Export
 from iqstar.module import InverseQStar
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -69,13 +69,13 @@ def arguments(file: Path, folder: Path, model: Path) -> list[str]:
 def live(monkeypatch):
     """The module of the last run, as it was when it was exported."""
     seen = []
-    export = iqstar.summary.export_policy
+    export = Export.on_train_end
 
-    def wrapped(module, folder):
+    def wrapped(self, trainer, module):
         seen.append(module)
-        return export(module, folder)
+        export(self, trainer, module)
 
-    monkeypatch.setattr(iqstar.summary, "export_policy", wrapped)
+    monkeypatch.setattr(Export, "on_train_end", wrapped)
     return seen
 
 

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 PLACEMENTS = ("system", "before_user", "after_user")
 _KEY = "model.policy.chat_template"
 _HH_STOP = "\n\nHuman:"
+_HH_JINJA = (
+    r"{% for m in messages %}{{ {'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: '}"
+    r".get(m['role'], '') + m['content'] }}{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
 _PROBE = "iqstar probe"
 
 
@@ -129,9 +134,18 @@ class ChatFormat:
                 )
         if self.template != "hh":
             return self._encode(text)
+        return [*self._leading_bos(), *self._encode(text, plain=True)]
+
+    def jinja(self) -> str | None:
+        """Jinja text of a template that is not the tokenizer's own, to be saved with a model."""
+        if self.template == "hh":
+            return ("{{ bos_token }}" if self._leading_bos() else "") + _HH_JINJA
+        return self.template
+
+    def _leading_bos(self) -> list[int]:
+        """The BOS id, if the tokenizer puts one before a text."""
         bos = self.tokenizer.bos_token_id
-        with_bos = bos is not None and self.tokenizer("a")["input_ids"][0] == bos
-        return [*([int(bos)] if with_bos else []), *self._encode(text, plain=True)]
+        return [int(bos)] if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else []
 
     def response_ids(self, text: str, complete: bool = True) -> list[int]:
         """Token ids of a data set's reply, as they would follow :meth:`prompt_ids`.

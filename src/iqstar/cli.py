@@ -22,6 +22,7 @@ TRAINING = {
 }
 OTHERS = {
     "audit": "report what a data set holds and what the filters leave of it",
+    "export": "write the trained model of a checkpoint in Hugging Face format",
 }
 USAGE = f"""usage: iqstar COMMAND [options]
 

@@ -1,4 +1,4 @@
-"""The end of a run: a last evaluation, the trained model on disk, and what came of it."""
+"""The end of a run: a last evaluation, and what came of it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rich.table import Table
 
 from iqstar.callbacks import run_folder
 from iqstar.evaluation import Evaluation
+from iqstar.export_callback import FOLDER, Export
 from iqstar.module import InverseQStar
-from iqstar.pretrained import quiet_transformers
 
 ROWS = (
     ("judge", "judge score"),
@@ -32,19 +32,17 @@ ROWS = (
 
 
 class RunSummary(Callback):
-    """Evaluates after the last step, exports the policy and writes ``summary.json``.
+    """Evaluates after the last step and writes ``summary.json``.
 
-    The run's folder then holds ``policy/`` (Hugging Face format, or a PEFT adapter),
-    ``summary.json``, ``samples.json`` (held-out responses before and after) and the log.
+    The run's folder then holds ``summary.json``, ``samples.json`` (held-out responses before and
+    after) and the log, beside the trained model that :class:`~iqstar.export_callback.Export` wrote.
 
     Args:
         examples: Before/after responses printed at the end, one to each of the first prompts.
-        export: Whether to write the trained model.
     """
 
-    def __init__(self, examples: int = 3, export: bool = True) -> None:
+    def __init__(self, examples: int = 3) -> None:
         self.examples = examples
-        self.export = export
         self._started = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,18 +57,19 @@ class RunSummary(Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the policy, writes and prints the summary."""
+        """Writes and prints the summary."""
         assert isinstance(pl_module, InverseQStar)
+        folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return
-        folder = run_folder(trainer)
-        policy = export_policy(pl_module, folder / "policy") if self.export else None
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        exports = any(isinstance(c, Export) and c.at_end for c in callbacks)
         seconds = round(time.perf_counter() - self._started, 1)
         ends = first_and_last(pl_module.evaluations, trainer.global_step)
         summary = summarize(pl_module, ends) | {
             "optimizer_steps": trainer.global_step,
             "seconds": seconds,
-            "policy": str(policy) if policy else None,
+            "policy": str(folder / FOLDER) if exports else None,
             "precision": str(trainer.precision),
         }
         write_json(folder / "summary.json", summary)
@@ -134,24 +133,6 @@ def summarize(module: InverseQStar, ends: Mapping[str, Evaluation]) -> dict[str,
 def _numbers(metrics: dict[str, float]) -> dict[str, float | None]:
     """JSON has no NaN."""
     return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-
-
-def export_policy(module: InverseQStar, folder: Path) -> Path:
-    """Writes the policy in Hugging Face format: safetensors, tokenizer, chat template.
-
-    With LoRA, an adapter that PEFT loads.
-    """
-    assert module.policy is not None
-    model, chat = module.policy.actor.model, module.chat
-    folder.mkdir(parents=True, exist_ok=True)
-    with quiet_transformers(bars=False):
-        model.save_pretrained(folder)
-    own = chat.tokenizer.chat_template
-    if chat.template not in (None, "hh"):
-        chat.tokenizer.chat_template = chat.template
-    chat.tokenizer.save_pretrained(folder)
-    chat.tokenizer.chat_template = own
-    return folder
 
 
 def print_summary(

@@ -25,6 +25,7 @@ from torch.multiprocessing import ProcessRaisedException
 from iqstar.callbacks import KLLimit, PredictionWriter, SampleTable
 from iqstar.data import PromptDataModule
 from iqstar.errors import InputError, NonFiniteLossError
+from iqstar.export_callback import Export
 from iqstar.module import InverseQStar
 from iqstar.settings import CONFIG_FLAGS, Explainer, Setting, read_settings
 from iqstar.summary import RunSummary
@@ -34,6 +35,7 @@ ROOTS = {
     "data": PromptDataModule,
     "trainer": Trainer,
     "checkpoint": ModelCheckpoint,
+    "export": Export,
     "summary": RunSummary,
     "kl": KLLimit,
     "samples": SampleTable,
