@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 import iqstar
 from iqstar.cli import main
-from iqstar.commands import audit
+from iqstar.commands import audit, export
 from iqstar.data import Sample
 from iqstar.estimators import ContrastiveEstimator
 from iqstar.judges import VaderJudge
@@ -55,7 +55,7 @@ def command_lines() -> list[str]:
 
 
 def iqstar_commands() -> list[str]:
-    pattern = r"\biqstar (?:fit|validate|test|predict|audit) .*"
+    pattern = r"\biqstar (?:fit|validate|test|predict|audit|export) .*"
     found = (re.search(pattern, line) for line in command_lines())
     return sorted({match[0] for match in found if match})
 
@@ -73,6 +73,9 @@ def test_commands_parse(line: str, tmp_path: Path, capsys: pytest.CaptureFixture
     command, *rest = shlex.split(line, comments=True)[1:]
     if command == "audit":
         audit._parser().parse_args(rest)
+        return
+    if command == "export":
+        export._parse(rest)
         return
     if not any(argument.endswith(".help") or argument == "--help" for argument in rest):
         rest += [] if "--print_config" in rest else ["--print_config"]

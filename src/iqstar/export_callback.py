@@ -79,7 +79,10 @@ class Export(Callback):
         assert isinstance(module, InverseQStar)
         policy = module.policy
         assert policy is not None
-        weights = full_state_dict(policy.actor.model) if is_sharded(policy.actor) else None
+        weights = None
+        if is_sharded(policy.actor):
+            whole = full_state_dict(policy.actor)
+            weights = {name.removeprefix("model."): weight for name, weight in whole.items()}
         if not trainer.is_global_zero:
             return
         export_policy(
