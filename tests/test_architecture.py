@@ -31,7 +31,10 @@ LAYERS = [
 PACKAGES = {
     "data": {"errors", "mdp"},
     "commands": {"errors", "mdp", "data", "settings", "pretrained", "policy"}
-    | {"checkpoints", "card", "export"},
+    | {"checkpoints", "card", "export", "planning", "training_cli"},
+    "planning": {"errors", "mdp", "data", "pretrained", "attention", "sampling", "sharding"}
+    | {"logprobs", "head", "distributions", "optim", "policy", "rollouts", "strategies"}
+    | {"evaluation", "curves", "module"},
 }
 #: May import a package beside its layers.
 FROM_PACKAGES = {"training_cli": {"data"}, "cli": {"data", "commands"}}

@@ -22,6 +22,7 @@ TRAINING = {
 }
 OTHERS = {
     "audit": "report what a data set holds and what the filters leave of it",
+    "plan": "what a run will take of its devices, without loading weights",
     "export": "write the trained model of a checkpoint in Hugging Face format",
 }
 USAGE = f"""usage: iqstar COMMAND [options]

@@ -1,0 +1,1 @@
+"""What a run will take of its devices, before any weight is loaded."""

@@ -1,0 +1,196 @@
+"""Bytes on each device by part and phase: pure arithmetic on a footprint and a layout.
+
+The phases of a run, in time: an *evaluation* (it comes before and after training), a *rollout*,
+its *scoring* under the frozen models, the *update*'s forward and backward pass, and the
+optimiser's *step*. Gradients live from one backward pass to the next one, so in all phases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from iqstar.planning.footprint import Footprint, Weights
+
+GIB = 2**30
+WHOLE_BLOCKS_MARGIN = 1.5
+"""Free memory, in sizes of the blocks, above which ``sharding.whole_blocks`` gathers them all."""
+FREED = ("KV cache", "activations", "logits and their gradients", "buffers")
+"""Parts that are given back when a phase ends."""
+BLOCKS_AT_ONCE = 2
+"""Gathered blocks of a sharded model: the one that computes, and the next one on its way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The devices of a run.
+
+    Args:
+        devices: Number of them, on all nodes; each has one process.
+        strategy: ``single``, ``ddp`` (all of it on each) or ``fsdp`` (weights sharded).
+        gpu: Whether they are GPUs.
+        memory: Of each, in bytes.
+        libraries: What Python, PyTorch and the like take of it, in bytes.
+        offload_frozen: Whether shards of frozen models are in main memory.
+    """
+
+    devices: int
+    strategy: Literal["single", "ddp", "fsdp"]
+    gpu: bool
+    memory: int
+    libraries: int
+    offload_frozen: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Memory of each device and the work of one optimiser step.
+
+    Args:
+        phases: Bytes by phase and part.
+        whole_blocks: Whether generation holds all blocks of a sharded policy.
+        flops: Of one optimiser step on all devices, by phase.
+        memory: Of a device, in bytes.
+    """
+
+    phases: dict[str, dict[str, int]]
+    whole_blocks: bool
+    flops: dict[str, int]
+    memory: int
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Bytes of each phase."""
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the phase that takes most."""
+        return max(self.totals.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is at most the device's memory."""
+        return self.peak <= self.memory
+
+
+def make_plan(run: Footprint, layout: Layout) -> Plan:
+    """What a run takes of each device of a layout."""
+    always = lasting(run, layout)
+    casts = {"copies in autocast's dtype": run.casts}
+    generating = {"copies in autocast's dtype": run.casts + run.head_casts}
+    computing = gathered(run, layout, whole=False)
+    room = layout.memory - sum(always.values()) - sum(root_groups(run, layout).values())
+    whole = not layout.gpu or run.policy.blocks * WHOLE_BLOCKS_MARGIN <= room
+    sampling = gathered(run, layout, whole=whole)
+    phases: dict[str, dict[str, int]] = {}
+    if run.evaluation.cache:
+        scoring, working = run.evaluation_scoring, run.evaluation.working
+        if sum(sampling.values()) + run.evaluation.cache + working > scoring:
+            own = {"KV cache": run.evaluation.cache, "activations": working}
+            phases["evaluation"] = {**generating, **sampling, **own}
+        else:
+            phases["evaluation"] = {**generating, **computing, "activations": scoring}
+    if run.rollout.cache:
+        own = {"KV cache": run.rollout.cache, "activations": run.rollout.working}
+        phases["rollout"] = {**generating, **sampling, **own}
+    stored = {"frozen models' hidden states": run.stored}
+    seen = generating if run.rollout.cache else {}  # autocast keeps them until scoring is done
+    phases["scoring"] = {**seen, **computing, **stored, "activations": run.scoring}
+    phases["update"] = {
+        **casts,
+        **computing,
+        **stored,
+        "activations": run.activations,
+        "logits and their gradients": run.loss,
+        "buffers": backward_buffers(run, layout),
+    }
+    phases["step"] = {
+        **root_groups(run, layout),
+        **stored,
+        "buffers": step_buffers(run, layout),
+    }
+    if not layout.gpu:
+        for name, left in heap(phases).items():
+            phases[name]["heap of the other phases"] = left
+    return Plan(
+        phases={name: {**always, **parts} for name, parts in phases.items()},
+        whole_blocks=whole,
+        flops={phase: flops * layout.devices for phase, flops in run.flops.items()},
+        memory=layout.memory,
+    )
+
+
+def heap(phases: dict[str, dict[str, int]]) -> dict[str, int]:
+    """On CPUs, what the C library keeps of the memory that each phase has given back.
+
+    Measured rather than derived: tensors of changing sizes leave holes, so the phases add up, and
+    a cache that grows token by token leaves about its own size behind.
+    """
+    freed = {
+        name: sum(parts.get(part, 0) for part in FREED) + parts.get("KV cache", 0)
+        for name, parts in phases.items()
+    }
+    own = {name: parts.get("KV cache", 0) for name, parts in phases.items()}
+    return {name: sum(freed.values()) - freed[name] + own[name] for name in phases}
+
+
+def lasting(run: Footprint, layout: Layout) -> dict[str, int]:
+    """What a device holds in all phases."""
+    shards = layout.devices if layout.strategy == "fsdp" else 1
+    buckets = run.gradients.total if layout.strategy == "ddp" else 0
+    frozen = 0 if layout.strategy == "fsdp" and layout.offload_frozen else 1
+    return {
+        "libraries": layout.libraries,
+        "policy": run.policy.total // shards,
+        "weights as read": 0 if layout.gpu or layout.strategy == "fsdp" else run.as_read,
+        **{name: frozen * weights.total // shards for name, weights in run.frozen.items()},
+        "gradients": run.gradients.total // shards,
+        "DDP's copy of the gradients": buckets,
+        "optimiser states": run.states // shards,
+    }
+
+
+def root_groups(run: Footprint, layout: Layout) -> dict[str, int]:
+    """Embeddings, last norms and heads of sharded models, whole once they were used."""
+    if layout.strategy != "fsdp":
+        return {}
+    return {"gathered weights": sum(w.rest for w in (run.policy, *run.frozen.values()))}
+
+
+def gathered(run: Footprint, layout: Layout, whole: bool) -> dict[str, int]:
+    """Weights that are whole while a sharded model computes.
+
+    Args:
+        run: The run.
+        layout: Its devices.
+        whole: Whether all blocks of the policy are gathered at once.
+    """
+    if layout.strategy != "fsdp":
+        return {}
+    largest = max(w.block for w in (run.policy, *run.frozen.values()))
+    blocks = run.policy.blocks if whole else BLOCKS_AT_ONCE * largest
+    return {"gathered weights": root_groups(run, layout)["gathered weights"] + blocks}
+
+
+def backward_buffers(run: Footprint, layout: Layout) -> int:
+    """What the backward pass takes beyond activations, logits and gradients.
+
+    Sharded, it makes whole gradients of a group of weights before it reduces and scatters them.
+    They come when the logits are gone.
+    """
+    if layout.strategy != "fsdp":
+        return run.backward
+    gradients: Weights = run.gradients
+    return max(run.backward, 2 * gradients.rest + BLOCKS_AT_ONCE * gradients.block - run.loss, 0)
+
+
+def step_buffers(run: Footprint, layout: Layout) -> int:
+    """What the optimiser takes for a moment.
+
+    On GPUs PyTorch's optimisers take a root of all second moments at once, of shards and on CPUs
+    weight by weight.
+    """
+    if layout.strategy == "fsdp":
+        return run.step_buffers // layout.devices
+    return max(run.step_buffers, run.gradients.total) if layout.gpu else run.step_buffers

@@ -1,0 +1,355 @@
+"""What a run takes of one device, found by running its own code on fake tensors.
+
+Nothing here knows an architecture, nor several devices: :mod:`iqstar.planning.memory` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from iqstar import attention
+from iqstar.curves import token_metrics
+from iqstar.distributions import HeadDistributions
+from iqstar.errors import InputError
+from iqstar.head import CHUNK, head_loss
+from iqstar.logprobs import entropy, kl_divergence
+from iqstar.mdp import TokenCredits, TokenSequences
+from iqstar.module import InverseQStar
+from iqstar.optim import parameter_groups
+from iqstar.planning.footprint import Footprint, Generation, Weights, Workload
+from iqstar.planning.tracing import Trace, fake_weights, without_memory
+from iqstar.policy import AUTOCAST, CausalLM, Policy, PolicySpec, make_policy
+from iqstar.sampling import CategoricalSampler
+from iqstar.sharding import transformer_blocks
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CHARACTERS_PER_TOKEN = 3
+"""Of a principle; English has more, so that a principle is rather taken for too long."""
+TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""Precisions under which Lightning converts all weights."""
+
+
+def trace_run(
+    module: InverseQStar,
+    config: PretrainedConfig,
+    own_models: dict[str, PretrainedConfig],
+    workload: Workload,
+    precision: str,
+) -> Footprint:
+    """Traces a rollout, its scoring and one update of a run, and an evaluation.
+
+    Args:
+        module: The run's, with nothing loaded.
+        config: The policy's architecture.
+        own_models: Architectures of the estimator's own models, by name.
+        workload: Sizes.
+        precision: The trainer's.
+
+    Raises:
+        InputError: If the architecture or the precision is not supported.
+    """
+    if precision not in ("32-true", *AUTOCAST, *TRUE):
+        known = ", ".join(("32-true", *AUTOCAST, *TRUE))
+        raise InputError(f"trainer.precision: iqstar plan knows {known}; got {precision}")
+    policy = empty_policy(module.spec, config, precision)
+    frozen = {} if policy.frozen is None else {"reference": weights_of(policy.frozen)}
+    for name, other in own_models.items():
+        model = empty_policy(PolicySpec(), other, precision).frozen
+        assert model is not None
+        frozen[name] = weights_of(model)
+    with without_memory():
+        fake_weights(*(m for m in (policy.actor, policy.frozen) if m is not None))
+        return _Tracer(module, policy, workload, AUTOCAST.get(precision)).footprint(frozen)
+
+
+def empty_policy(spec: PolicySpec, config: PretrainedConfig, precision: str) -> Policy:
+    """A policy and its reference on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    if spec.attn_implementation == attention.NAME:
+        attention.register()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, spec.dtype),
+                attn_implementation=spec.attn_implementation,
+                trust_remote_code=spec.trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        raise InputError(f"model.policy: the model cannot be built: {error}") from error
+    chat: Any = SimpleNamespace(vocab_size=config.get_text_config().vocab_size)
+    with torch.device("meta"):
+        policy = make_policy(CausalLM(model, chat), spec, precision)
+    for lm in (policy.actor, policy.frozen):
+        if lm is not None and precision in TRUE:
+            lm.to(TRUE[precision])
+    return policy
+
+
+def weights_of(
+    model: nn.Module, chosen: Callable[[Tensor], Tensor | None] = lambda p: p
+) -> Weights:
+    """Bytes of a model's weights, or of what ``chosen`` makes of each."""
+    blocks = [_bytes(block, chosen) for block in transformer_blocks(model)]
+    total = _bytes(model, chosen)
+    return Weights(blocks=sum(blocks), block=max(blocks), rest=total - sum(blocks))
+
+
+def _bytes(module: nn.Module, chosen: Callable[[Tensor], Tensor | None]) -> int:
+    return sum(t.nbytes for p in module.parameters() if (t := chosen(p)) is not None)
+
+
+def cast_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
+    """Bytes of the copies in its dtype that autocast keeps of a model's trained matrices."""
+    from transformers.pytorch_utils import Conv1D
+
+    if dtype is None:
+        return 0
+    layers = (m for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    weights = {p for m in layers for p in m.parameters(recurse=False)}
+    trained = [p for p in weights if p.requires_grad and p.dtype == torch.float32]
+    return sum(p.numel() for p in trained) * dtype.itemsize
+
+
+class _Tracer:
+    """Traces the parts of one run; all its tensors are fake."""
+
+    def __init__(
+        self, module: InverseQStar, policy: Policy, work: Workload, dtype: torch.dtype | None
+    ) -> None:
+        self.module = module
+        self.policy = policy
+        self.work = work
+        self.dtype = dtype
+        models = [m for m in (policy.actor, policy.frozen) if m is not None]
+        self.weights = [t for m in models for t in (*m.parameters(), *m.buffers())]
+        plain = policy.actor.model
+        self.all_casts = cast_bytes(plain, dtype)
+        head = plain.get_output_embeddings()
+        self.head_casts = cast_bytes(head, dtype)
+
+    def footprint(self, frozen: dict[str, Weights]) -> Footprint:
+        work, actor = self.work, self.policy.actor
+        trained, parameters = self.policy.trainable()
+        rollout = self.generation(work.generated_rows)
+        same = work.evaluated_rows == work.generated_rows
+        evaluation = rollout if same else self.generation(work.evaluated_rows)
+        evaluation_scoring = self.evaluation_scoring()
+        scored = self.scoring_and_update()
+        states, step_buffers, assumed = self.optimizer()
+        micro_batches = work.step_rows / work.micro_rows
+        fresh = work.step_rows / work.passes
+        return Footprint(
+            parameters=parameters,
+            trained=trained,
+            policy=weights_of(actor),
+            as_read=self.as_read(),
+            frozen=frozen,
+            gradients=weights_of(actor, lambda p: p.grad),
+            states=states,
+            states_assumed=assumed,
+            step_buffers=step_buffers,
+            head_casts=self.head_casts,
+            casts=self.all_casts - self.head_casts,
+            rollout=rollout,
+            evaluation=evaluation,
+            evaluation_scoring=evaluation_scoring,
+            scoring=scored["scoring"],
+            stored=scored["stored"],
+            activations=scored["activations"],
+            loss=scored["loss"],
+            backward=scored["backward"],
+            flops={
+                "rollout": round(rollout.flops * fresh / max(work.generated_rows, 1)),
+                "scoring": round(scored["scoring_flops"] * micro_batches / work.passes),
+                "update": round(scored["update_flops"] * micro_batches),
+            },
+        )
+
+    def as_read(self) -> int:
+        """Bytes of the matrices that LoRA's policy holds in autocast's dtype, before the cast."""
+        read: torch.dtype = getattr(torch, self.module.spec.dtype)
+        cast = [p for p in self.policy.actor.parameters() if p.dtype == self.dtype != read]
+        return sum(p.numel() for p in cast) * read.itemsize
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype is not None):
+            yield
+
+    def sequences(self, rows: int, more: int = 0) -> TokenSequences:
+        """Prompts, ``more`` tokens of a principle, and responses of full length."""
+        ids = torch.zeros(rows, self.work.prompt_tokens + more + self.work.new_tokens).long()
+        return TokenSequences(
+            input_ids=ids,
+            attention_mask=ids == 0,
+            position_ids=torch.arange(ids.shape[1]).expand_as(ids),
+            predictors=torch.arange(rows * self.work.new_tokens),
+        )
+
+    @torch.no_grad()
+    def generation(self, rows: int) -> Generation:
+        """Reading the prompts, and the last step of decoding with a full cache."""
+        if rows == 0:
+            return Generation()
+        lm, prompt = self.policy.actor, self.work.prompt_tokens
+        length = prompt + self.work.new_tokens
+        chat, rollout = lm.chat, self.module.rollout
+        sampler = CategoricalSampler(
+            temperature=self.module.temperature,
+            vocab_size=chat.vocab_size,
+            seed=0,
+            device=torch.device("cpu"),
+            top_k=getattr(rollout, "top_k", 0),
+            top_p=getattr(rollout, "top_p", 1.0),
+        )
+
+        def run(width: int, cache: Any = None) -> tuple[Tensor, Any]:
+            seen = 0 if cache is None else length - 1
+            output = lm.model(
+                input_ids=torch.zeros(rows, width).long(),
+                attention_mask=torch.ones(rows, seen + width).long(),
+                position_ids=torch.arange(seen, seen + width).expand(rows, width),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            return output.logits[:, -1], output.past_key_values
+
+        lm.eval()
+        with self.autocast(), Trace(self.weights) as trace:
+            run(prompt)
+            reading = trace.peak
+            before = trace.flops
+            _, cache = run(length - 1)
+            flops = trace.flops - before
+            filled = trace.live - self.all_casts
+            trace.peak = trace.live
+            logits, cache = run(1, cache)
+            sampler(torch.zeros(rows, length).long(), logits.float())
+            peak = max(reading, trace.peak) - self.all_casts
+        lm.train()
+        head = lm.head().weight
+        flops += 2 * head.numel() * rows * (self.work.new_tokens - 1)  # the first is in already
+        return Generation(cache=filled, working=max(peak - filled, 0), flops=flops)
+
+    @torch.no_grad()
+    def evaluation_scoring(self) -> int:
+        """Scoring responses under policy and reference, as ``evaluation.divergence_sums`` does."""
+        rows = self.work.scored_rows
+        if rows == 0:
+            return 0
+        sequences = self.sequences(rows)
+        with self.autocast(), Trace(self.weights) as trace:
+            actor = self.policy.actor
+            ours = HeadDistributions(actor.hidden(sequences), actor.frozen_head())
+            with self.policy.reference() as model:
+                theirs = HeadDistributions(model.hidden(sequences), model.frozen_head())
+            index = torch.arange(min(CHUNK, len(ours)))
+            logp = ours.logprobs(index)
+            kl_divergence(logp, theirs.logprobs(index))
+            entropy(logp)
+            return max(trace.peak - self.all_casts + self.head_casts, 0)
+
+    def scoring_and_update(self) -> dict[str, int]:
+        """One micro-batch under the frozen models, then under the policy, forward and backward."""
+        work, module, actor = self.work, self.module, self.policy.actor
+        rows, tokens = work.micro_rows, work.micro_rows * work.new_tokens
+        scorer = _Scorer(self)
+        actions, zeros = torch.zeros(tokens).long(), torch.zeros(tokens)
+        credits = TokenCredits(
+            actions=actions, reference=zeros, credit=zeros, weight=zeros, behaviour=zeros
+        )
+        with Trace(self.weights) as trace:
+            with self.autocast(), torch.no_grad():
+                reference = scorer.scored(self.sequences(rows))
+                target = module.estimator.estimate(scorer, reference, seed=0)
+                if module.loss.needs_behaviour:
+                    scorer.scored(self.sequences(rows))
+                reference.at(actions)
+                target.at(actions)
+            stored, scoring, scoring_flops = trace.live, trace.peak, trace.flops
+            hidden_states = sum(scorer.hidden)
+            trace.peak = trace.live
+            with self.autocast():
+                hidden = actor.hidden(self.sequences(rows))
+                kept = trace.live - stored
+
+                def per_token(logits: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+                    losses, metrics = module.loss.per_token(
+                        logits, credits[index], lambda: target.logprobs(index)
+                    )
+                    metrics |= token_metrics(logits.detach(), credits[index], module.beta)
+                    return losses * credits.weight[index], metrics
+
+                total, _ = head_loss(hidden, actor.head(module.temperature), per_token)
+            forward = trace.peak - stored
+            trace.peak = trace.live
+            del hidden
+            total.backward()
+            backward = trace.peak - stored
+            update_flops = trace.flops - scoring_flops
+        gradients = sum(p.grad.nbytes for p in actor.parameters() if p.grad is not None)
+        casts = min(self.all_casts - self.head_casts, kept)
+        whole = round(hidden_states * work.rollout_rows / rows)
+        return {
+            "scoring": scoring - stored + max(scorer.hidden),  # and once more while joined
+            "stored": stored - hidden_states + whole,
+            "activations": kept - casts,
+            "loss": forward - kept,
+            "backward": max(backward - gradients - forward, 0),
+            "scoring_flops": scoring_flops,
+            "update_flops": update_flops,
+        }
+
+    def optimizer(self) -> tuple[int, int, bool]:
+        """Bytes of the optimiser's states and of its buffers, and whether they are a guess."""
+        trained = [p for p in self.policy.actor.parameters() if p.requires_grad]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        try:
+            optimizer = self.module.optimizer(parameter_groups(self.policy.actor))
+            with Trace([*trained, *gradients]) as trace:
+                optimizer.step()
+        except (
+            RuntimeError,
+            NotImplementedError,
+            TypeError,
+        ):  # it reads values, or wants a closure
+            return 2 * sum(g.nbytes for g in gradients), 0, True
+        leaves = [t for state in optimizer.state.values() for t in state.values()]
+        states = sum(t.nbytes for t in leaves if isinstance(t, Tensor))
+        return states, max(trace.peak - states, 0), False
+
+
+class _Scorer:
+    """Scores one micro-batch under frozen models, in place of ``scoring.RolloutScorer``."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        self.tracer = tracer
+        self.hidden: list[int] = []
+        self._head: Any = None
+
+    def scored(self, sequences: TokenSequences) -> HeadDistributions:
+        tracer = self.tracer
+        with tracer.policy.reference() as model:
+            hidden = model.hidden(sequences)
+            if self._head is None:
+                self._head = model.frozen_head(tracer.module.temperature)
+        self.hidden.append(hidden.nbytes)
+        return HeadDistributions(hidden, self._head)
+
+    def conditioned(
+        self, principle: str, placement: str, model: CausalLM | None = None
+    ) -> HeadDistributions:
+        """See :class:`iqstar.estimators.FrozenScorer`."""
+        more = len(principle) // CHARACTERS_PER_TOKEN
+        return self.scored(self.tracer.sequences(self.tracer.work.micro_rows, more))
