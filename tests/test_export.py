@@ -183,6 +183,7 @@ def test_dtype(full, adapters, tmp_path):
 def test_generation_and_chat(full, adapters):
     for run in (full, adapters):
         config = GenerationConfig.from_pretrained(run.policy)
+        assert not config._from_model_config  # or transformers might put the model's in its place
         assert config.eos_token_id == 1
         assert config.pad_token_id == 1
         tokenizer = AutoTokenizer.from_pretrained(run.policy)
@@ -243,7 +244,7 @@ def test_card(full, tmp_path):
             "| data | JSONL (path ",
             "| optimiser steps | 2 |",
             "| sampled responses | 8 |",
-            "|  | before | after 2 steps |",
+            "|  | before | after step 2 |",
             f"| KL to the base model (nats/token) | 0.000 | {kl:.3f} |",
             f"SHA-256 of its weights `{full.module.policy.actor.fingerprint}`",
         ):
@@ -251,6 +252,19 @@ def test_card(full, tmp_path):
         assert "iqstar fit --config" in card
         assert "trainer:" in card.partition("## All settings")[2]
         assert f"torch {torch.__version__}" in card
+
+
+@pytest.mark.parametrize("loss", [None, {"class_path": DEFAULT_LOSS["class_path"]}])
+def test_card_names_the_default_loss(loss):
+    given = {"estimator": {"class_path": "iqstar.estimators.NullEstimator"}, "loss": loss}
+    settings = {"model": {"init_args": given}}
+    record = RunRecord(
+        settings=settings, recipe=None, command=None, step=1, samples=4, evaluations=[]
+    )
+    card = model_card(record, PolicySpec())
+    assert "| loss | DistributionImitationLoss (divergence ReverseKL) |" in card
+    assert "| estimator | NullEstimator |" in card
+    assert "principle |" not in card
 
 
 def test_card_of_an_adapter(adapters):
@@ -445,6 +459,18 @@ def test_full_disk(full, tmp_path, fails):
     assert "File too large" in message
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_run_whose_export_cannot_be_written(tmp_path, tiny, capsys):
+    run = tmp_path / "runs" / "run" / "v"
+    run.mkdir(parents=True)
+    (run / "policy").write_text("in the way")
+    file = write_config(tmp_path, tiny_config(tmp_path, tiny))
+    message = error_of(capsys, "fit", "--config", str(file))
+    assert message.startswith(f"export: cannot write {run}/policy (Not a directory)")
+    assert (run / "policy").read_text() == "in the way"
+    argv = ["--ckpt", str(run / "checkpoints" / "last.ckpt"), "--out", str(tmp_path / "out")]
+    assert main(["export", *argv]) == 0  # training was not lost
 
 
 def test_merging_a_full_model(fails):

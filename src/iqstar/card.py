@@ -149,7 +149,7 @@ def model_card(
         ("trained", _trained(spec, merged)),
         *principles.items(),
         ("estimator", _said(given.get("estimator"), leave_out=TEXTS)),
-        ("loss", _said(given.get("loss") or DEFAULT_LOSS)),
+        ("loss", _loss(given)),
         ("β", given.get("beta", "not recorded")),
         ("data", _said(record.settings.get("data"), only=DATA_KEYS)),
         ("optimiser steps", record.step),
@@ -183,7 +183,7 @@ def _measured(record: RunRecord, judge: Any) -> str:
         return "Nothing: the run made no evaluation."
     first, last = record.evaluations[0], record.evaluations[-1]
     sides = [s for s in (first, last) if s["step"] == 0][:1] + ([last] if last["step"] else [])
-    names = ["before" if s["step"] == 0 else f"after {s['step']} steps" for s in sides]
+    names = ["before" if s["step"] == 0 else f"after step {s['step']}" for s in sides]
     rows = [
         (label, *(_number(s["metrics"][key]) for s in sides))
         for key, label in METRICS
@@ -226,6 +226,15 @@ def _principles(part: Any) -> Iterator[tuple[str, str]]:
                 yield key, value
             else:
                 yield from _principles(value)
+
+
+def _loss(given: Mapping[str, Any]) -> str:
+    """The loss, where settings without one leave it to the default."""
+    if "estimator" not in given:
+        return "not recorded"
+    default = _said({"class_path": DEFAULT_LOSS["class_path"]})
+    said = _said(given.get("loss") or DEFAULT_LOSS)
+    return _said(DEFAULT_LOSS) if said == default else said
 
 
 def _said(part: Any, only: Sequence[str] = (), leave_out: Sequence[str] = ()) -> str:

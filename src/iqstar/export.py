@@ -68,7 +68,8 @@ def export_policy(
             if dtype is not None:
                 edit_json(part / "config.json", dtype=dtype)
         # Into the file, since transformers refuses to save some models' own settings once changed.
-        edit_json(part / "generation_config.json", **token_ids(chat))
+        settings = {"_from_model_config": False, **token_ids(chat)}
+        edit_json(part / "generation_config.json", **settings)
         tokenizer = copy.deepcopy(chat.tokenizer)
         if template := chat.jinja():
             tokenizer.chat_template = template

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import replace
@@ -59,7 +60,8 @@ def main(argv: list[str]) -> int:
             f"--merge: {options.ckpt} has no adapters to fold in, all weights were trained; "
             "leave --merge out"
         )
-    with quiet_transformers(bars=False):
+    with quiet_transformers(bars=False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*`is_gradient_checkpointing` is deprecated.*")
         policy = restored(spec, checkpoint, options.ckpt)
     fingerprint = policy.actor.fingerprint
     export_policy(
