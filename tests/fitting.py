@@ -136,6 +136,17 @@ class Recorder(Callback):
             self.weights.append(flat(trained(pl_module)))
 
 
+class SaveAt(Callback):
+    """Saves a checkpoint after one optimiser step."""
+
+    def __init__(self, step: int, path: Any) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
 def make_trainer(precision: str = "32-true", **options: Any) -> Trainer:
     """A Trainer on the CPU that writes nothing."""
     fields: dict[str, Any] = {
@@ -156,14 +167,17 @@ def fit(
     prompts: Sequence[Prompt] = PROMPTS,
     batch_size: int = 4,
     drop_last: bool = True,
+    ckpt_path: Any = None,
+    callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> Recorder:
     """Trains, and returns what happened at every optimiser step."""
     recorder = Recorder()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = make_trainer(callbacks=[recorder], **options)
-        trainer.fit(module, datamodule=Prompts(prompts, batch_size, drop_last))
+        trainer = make_trainer(callbacks=[recorder, *callbacks], **options)
+        data = Prompts(prompts, batch_size, drop_last)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return recorder
 
 

@@ -22,7 +22,7 @@ LAYERS = [
     {"curves", "resume"},
     {"module"},
     {"callbacks"},
-    {"export_callback"},
+    {"export_callback", "preemption"},
     {"summary"},
     {"training_cli"},
     {"cli"},

@@ -69,6 +69,14 @@ class KLLimit(Callback):
         self._recent: deque[float] = deque(maxlen=steps)
         self._step = 0
 
+    def state_dict(self) -> dict[str, Any]:
+        """The steps that are averaged."""
+        return {"recent": list(self._recent)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the steps of a checkpoint."""
+        self._recent.extend(state_dict["recent"])
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes note of the step that a resumed run starts from."""
         self._step = trainer.global_step

@@ -1,6 +1,7 @@
 """The ``iqstar`` command: sub-commands, one clear message for bad input, exit codes.
 
-0 success · 1 a bug or an interruption · 2 bad input · 3 training stopped on a non-finite loss.
+0 success · 1 a bug or an interruption · 2 bad input · 3 training stopped on a non-finite loss ·
+143 stopped by a signal, after saving.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from iqstar import __version__
-from iqstar.errors import InputError, NonFiniteLossError
+from iqstar.errors import InputError, NonFiniteLossError, PreemptedError
 
 TRAINING = {
     "fit": "align a model",
@@ -73,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except SystemExit as stop:  # after --help or --print_config
         return int(stop.code or 0)
+    except PreemptedError as stop:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            return 0  # the first process speaks for all; Lightning would kill it for another code
+        sys.stderr.write(f"iqstar: {stop}\n")
+        return 143
     except KeyboardInterrupt:
         sys.stderr.write("iqstar: interrupted\n")
         return 1

@@ -11,3 +11,7 @@ class InputError(ValueError):
 
 class NonFiniteLossError(InputError):
     """The loss became NaN or infinite; training stopped before the weights were touched."""
+
+
+class PreemptedError(RuntimeError):
+    """A signal asked the run to stop, and it has saved: neither a success nor an error."""

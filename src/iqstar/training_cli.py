@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import sys
 import warnings
-import zipfile
 from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,11 +24,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
 
 from iqstar.callbacks import KLLimit, PredictionWriter, SampleTable
+from iqstar.checkpoints import AtomicCheckpointIO, check_complete, newest_checkpoint
 from iqstar.data import PromptDataModule
 from iqstar.errors import InputError, NonFiniteLossError
 from iqstar.export_callback import Export
 from iqstar.module import InverseQStar
+from iqstar.preemption import Preemption
 from iqstar.settings import CONFIG_FLAGS, Explainer, Setting, read_settings
+from iqstar.strategies import NAMES as SHARDED
+from iqstar.strategies import ShardedStrategy
 from iqstar.summary import RunSummary
 
 ROOTS = {
@@ -42,6 +47,8 @@ ROOTS = {
     "predictions": PredictionWriter,
 }
 """Top-level keys of a config, and the classes that take what is below them."""
+KEYWORDS = ("best", "last", "hpc")
+"""What ``--ckpt_path`` may be besides a path."""
 CLI_OPTIONS: dict[str, Any] = {
     "model_class": InverseQStar,
     "datamodule_class": PromptDataModule,
@@ -160,6 +167,10 @@ class IQStarCLI(LightningCLI):
     Checkpoints hold weights and state only, no settings.
     """
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.arguments: list[str] = options.get("args") or sys.argv[1:]
+        super().__init__(*arguments, **options)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks of every run, and one seed for all."""
         for key, cls in ROOTS.items():
@@ -177,21 +188,52 @@ class IQStarCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Checks that the checkpoint is one; its own settings are left alone."""
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path is None or path in ("best", "last", "hpc") or str(path).startswith("registry"):
-            return
-        if not Path(path).exists():
-            raise InputError(
-                f"--ckpt_path: {path} does not exist; give a .ckpt file of an earlier run, "
-                "such as runs/quickstart/version_0/checkpoints/last.ckpt"
-            )
-        if Path(path).is_file() and not zipfile.is_zipfile(path):
-            raise InputError(f"--ckpt_path: {path} is no checkpoint, or a damaged one")
+        if path not in (None, *KEYWORDS) and not str(path).startswith("registry"):
+            check_complete(Path(path))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Finds the checkpoint that ``last`` means."""
+        arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if arguments.get("ckpt_path") == "last":
+            arguments["ckpt_path"] = self._last_checkpoint(subcommand)
+        return arguments
+
+    def _last_checkpoint(self, subcommand: str) -> Path | None:
+        """The newest complete checkpoint of all runs in the logger's folder.
+
+        None if there is none, so that one command line can start a run and go on with it.
+        """
+        logger = self.trainer.logger
+        folder = Path(getattr(logger, "root_dir", None) or self.trainer.default_root_dir)
+        found = newest_checkpoint(folder)
+        if found is None and subcommand != "fit":
+            raise InputError(f"--ckpt_path last: there is no complete checkpoint below {folder}")
+        if found is None:
+            rank_zero_info("No checkpoint yet below %s: starting from the beginning", folder)
+        else:
+            rank_zero_info("Going on from %s", found)
+        return found
+
+    def instantiate_classes(self) -> None:
+        """Builds everything, and hands the module its settings as a record for checkpoints."""
+        super().instantiate_classes()
+        config = self.config.get(str(self.subcommand), self.config)
+        self.model.recipe = self._parser(self.subcommand).dump(config, skip_validation=True)
+        self.model.command = shlex.join(["iqstar", *self.arguments])
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Fills in what depends on the machine and on other settings."""
         if config["accelerator"] == "auto" and not torch.cuda.is_available():
             config["accelerator"] = "cpu"  # Apple's GPUs have no float64, which sampling needs
         config["precision"] = config.get("precision") or default_precision(config["accelerator"])
+        if config["strategy"] in SHARDED:
+            config["strategy"] = ShardedStrategy()
+        if isinstance(config["strategy"], ShardedStrategy):
+            config["inference_mode"] = False  # its tensors cannot be trained on later
+        plugins = config["plugins"] or []
+        own = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in own):
+            config["plugins"] = [*own, AtomicCheckpointIO()]
         if config["precision"] == "16-mixed":
             raise InputError(
                 "trainer.precision: 16-mixed is not supported, because its loss scaling expects "
@@ -200,7 +242,7 @@ class IQStarCLI(LightningCLI):
         if config["max_steps"] > 0 and not asked_for_validation(config):
             # Before and after only: an evaluation costs as much as several steps.
             config |= {"check_val_every_n_epoch": None, "val_check_interval": sys.maxsize}
-        callbacks = [*callbacks, WeightsLine()]
+        callbacks = [*callbacks, WeightsLine(), Preemption()]
         if config.get("enable_progress_bar") is not False:
             callbacks = [*callbacks, ProgressBar()]
         if config.get("enable_checkpointing") is False:

@@ -53,6 +53,7 @@ class RepeatedBatches:
         )
         sizes = batch_sizes(len(self._order), batch_size, drop_last)
         self._spans = list(pairwise([0, *accumulate(sizes)]))
+        self._share = batch_size * world_size
         self._steps = [steps(size) for size in sizes]
         self._epoch = 0
         self._yielded = 0
@@ -95,12 +96,23 @@ class RepeatedBatches:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: the epoch and the batches yielded in it."""
-        return {"epoch": self._epoch, "yielded": self._yielded}
+        """The position: the epoch, what was yielded in it, and how many prompts that finished."""
+        done = sum(end <= self._yielded for end in accumulate(self._steps))
+        return {
+            "epoch": self._epoch,
+            "yielded": self._yielded,
+            "finished": done * self._share,
+            "share": self._share,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The next iteration goes on from the saved position."""
+        """The next iteration goes on from the saved position.
+
+        With another number of ranks or another batch size, from the last batch that was finished.
+        """
         self._epoch, self._yielded = state_dict["epoch"], state_dict["yielded"]
+        if state_dict["share"] != self._share:
+            self._yielded = sum(self._steps[: state_dict["finished"] // self._share])
         self._resumed = True
 
 

@@ -1,0 +1,208 @@
+"""A run that stops and goes on is the run that never stopped, bit for bit.
+
+Two gloo processes are started once and make all two-process runs. A rollout of four prompts lasts
+four optimiser steps (two micro-batches, twice over) and an epoch eight, so step 6 is in the middle
+of the second rollout.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from fitting import LORA, PROMPTS, SaveAt, ask, copied, fit, make_module, same_bits, trained
+from iqstar.checkpoints import AtomicCheckpointIO, is_sharded_checkpoint, read_checkpoint
+from iqstar.errors import InputError
+from iqstar.losses import TokenPolicyGradientLoss
+from iqstar.optim import WarmupCosine
+from iqstar.strategies import ShardedStrategy
+
+STEPS, STOP = 11, 6
+ASKED = (*PROMPTS, *(ask(f"Tell me about {i}, please{'!' * i}") for i in range(4)))
+POLICIES = {"full": None, "adapters": LORA}
+STRATEGIES = {
+    "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
+    "fsdp": lambda: ShardedStrategy(process_group_backend="gloo"),
+    "fsdp, one file": lambda: ShardedStrategy(
+        process_group_backend="gloo", save_distributed_checkpoint=False
+    ),
+}
+
+
+def run(folder, lora=None, world=1, steps=STEPS, strategy=None, **options):
+    """Trains on what the policy samples; returns the weights and losses of every step."""
+    torch.manual_seed(0)  # adapters start at random
+    module = make_module(
+        folder,
+        spec={"lora": lora},
+        loss=TokenPolicyGradientLoss(),  # needs the log-probs of the weights that sampled
+        schedule=WarmupCosine(),
+        micro_batch_size=2 // world,
+        epochs_per_rollout=2,
+    )
+    done = fit(
+        module,
+        ASKED,
+        batch_size=4 // world,
+        max_steps=steps,
+        devices=world,
+        plugins=[AtomicCheckpointIO()],
+        **options,
+        **({"strategy": STRATEGIES[strategy]()} if strategy else {}),
+    )
+    return {
+        "weights": copied(trained(module)),
+        "losses": done.losses,
+        "samples": module.progress.samples,
+    }
+
+
+def both(folder, path, **options):
+    """The run without a stop, which saves on its way, and the one that goes on from there."""
+    straight = run(folder, callbacks=[SaveAt(STOP, path)], **options)
+    return {"straight": straight, "resumed": run(folder, ckpt_path=path, **options)}
+
+
+def check_same(pair):
+    """Same weights and losses; a resumed run has the losses of its own steps only."""
+    assert same_bits(pair["straight"]["weights"], pair["resumed"]["weights"])
+    assert pair["resumed"]["losses"] == pair["straight"]["losses"][STOP:]
+    assert pair["resumed"]["samples"] == pair["straight"]["samples"]
+
+
+def work(rank: int, folder: str, alone: str, out: str) -> None:
+    """One of two processes: every strategy, full and with adapters, and checkpoints of others."""
+    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = f"file://{out}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    runs = {}
+    for kind, lora in POLICIES.items():
+        for name in STRATEGIES:
+            path = Path(out, f"{kind}, {name}.ckpt")
+            runs[kind, name] = both(folder, path, lora=lora, world=2, strategy=name)
+            again = run(folder, lora=lora, world=2, strategy=name)
+            runs[kind, name]["again"] = again
+            runs[kind, name, "from one process"] = run(
+                folder,
+                lora=lora,
+                world=2,
+                steps=STOP + 1,
+                strategy=name,
+                ckpt_path=Path(alone, f"{kind}.ckpt"),
+            )
+    torch.save(runs, Path(out, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    """The runs of one process, and their checkpoints."""
+    folder = tmp_path_factory.mktemp("alone")
+    runs = {kind: both(tiny, folder / f"{kind}.ckpt", lora=lora) for kind, lora in POLICIES.items()}
+    return folder, runs
+
+
+@pytest.fixture(scope="module")
+def paired(tiny, alone, tmp_path_factory):
+    """The runs of two processes, and the folder of their checkpoints."""
+    out = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(work, (str(tiny), str(alone[0]), str(out)), nprocs=2)
+    return out, [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_one_process_goes_on_exactly(alone, kind):
+    check_same(alone[1][kind])
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_two_processes_go_on_exactly(paired, kind, name):
+    for rank in paired[1]:
+        check_same(rank[kind, name])
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_run_repeats_bit_for_bit(paired, kind, name):
+    for rank in paired[1]:
+        assert same_bits(
+            rank[kind, name]["straight"]["weights"], rank[kind, name]["again"]["weights"]
+        )
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_all_ranks_end_with_the_same_weights(paired, kind):
+    for name in STRATEGIES:
+        first, second = (rank[kind, name]["straight"]["weights"] for rank in paired[1])
+        assert same_bits(first, second)
+
+
+def test_checkpoints_are_of_the_kind_asked_for(paired):
+    out, _ = paired
+    assert is_sharded_checkpoint(out / "full, fsdp.ckpt")
+    assert (out / "full, fsdp, one file.ckpt").is_file()
+    assert (out / "full, ddp.ckpt").is_file()
+    assert list(out.glob("*.part")) == []
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_every_kind_holds_the_same(paired, kind):
+    """One file of DDP, one file of FSDP and a sharded folder: same names, trained weights only."""
+    out, _ = paired
+    files = [read_checkpoint(out / f"{kind}, {name}.ckpt") for name in STRATEGIES]
+    names = set(files[0]["state_dict"])
+    for file in files:
+        assert set(file["state_dict"]) == names
+        moments = file["optimizer_states"][0]["state"]
+        assert moments.keys() == files[0]["optimizer_states"][0]["state"].keys()
+        for name in names:  # ranks sum gradients in another order: not bit for bit
+            torch.testing.assert_close(
+                file["state_dict"][name], files[0]["state_dict"][name], atol=1e-3, rtol=1e-3
+            )
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_checkpoint_of_two_processes_loads_on_one(tiny, paired, kind, name):
+    """Weights and moments are taken over whole; one further step changes the weights."""
+    path = paired[0] / f"{kind}, {name}.ckpt"
+    saved = read_checkpoint(path)["state_dict"]
+    resumed = run(tiny, lora=POLICIES[kind], steps=STOP + 1, ckpt_path=path)
+    assert len(resumed["losses"]) == 1
+    before = {key.removeprefix("actor."): value for key, value in saved.items()}
+    assert before.keys() == resumed["weights"].keys()
+    moved = torch.cat([(resumed["weights"][key] - before[key]).flatten() for key in before])
+    assert 0 < moved.abs().max() < 0.02  # Adam at lr 1e-2, moments kept: a new one would overshoot
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_checkpoint_of_one_process_loads_on_two(alone, paired, kind, name):
+    saved = read_checkpoint(alone[0] / f"{kind}.ckpt")["state_dict"]
+    for rank in paired[1]:
+        resumed = rank[kind, name, "from one process"]
+        assert len(resumed["losses"]) == 1
+        before = {key.removeprefix("actor."): value for key, value in saved.items()}
+        moved = torch.cat([(resumed["weights"][key] - before[key]).flatten() for key in before])
+        assert 0 < moved.abs().max() < 0.02
+
+
+def test_frozen_weights_are_not_in_a_checkpoint_but_their_identity_is(tiny, alone):
+    for kind in POLICIES:
+        saved = read_checkpoint(alone[0] / f"{kind}.ckpt")
+        assert not any(name.startswith(("frozen", "estimator")) for name in saved["state_dict"])
+        assert len(saved["iqstar"]["frozen"]["reference"]) == 64
+
+
+def test_another_base_model_is_refused(tmp_path, alone):
+    from tiny import tiny_folder
+
+    other = tiny_folder(tmp_path / "other", seed=1)
+    with pytest.raises(InputError, match=r"other frozen weights \(reference: \w{12} there"):
+        run(other, ckpt_path=alone[0] / "full.ckpt")
