@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from fitting import LORA, LOSSES, ask, distance, fit, make_module, sgd
 from iqstar import InverseQStar
 from iqstar.credit import Whiten
+from iqstar.estimators import NullEstimator
 from iqstar.mdp import TokenCredits
 from iqstar.rollouts import DatasetRollout
 from iqstar.strategies import ShardedStrategy
@@ -69,14 +70,24 @@ class NoAccumulation(InverseQStar):
         return super().training_step(batch, batch_idx) / self.trainer.accumulate_grad_batches
 
 
-def train(folder, dtype, cut, kind=InverseQStar, loss="reverse", lora=None, **options):
+def train(
+    folder,
+    dtype,
+    cut,
+    kind=InverseQStar,
+    loss="reverse",
+    lora=None,
+    precision=None,
+    checkpointing=False,
+    **options,
+):
     """Two optimiser steps of plain SGD on the fixed responses."""
     cut = dict(cut)
     torch.manual_seed(0)  # adapters start at random
     module = make_module(
         folder,
         kind=kind,
-        spec={"dtype": dtype, "lora": lora},
+        spec={"dtype": dtype, "lora": lora, "gradient_checkpointing": checkpointing},
         loss=LOSSES[loss](),
         rollout=DatasetRollout(max_new_tokens=80),
         micro_batch_size=cut.pop("micro", None),
@@ -85,11 +96,17 @@ def train(folder, dtype, cut, kind=InverseQStar, loss="reverse", lora=None, **op
     )
     # Lightning refuses 64-true with FSDP2; weights of float64 compute in it all the same.
     sharded = isinstance(cut.get("strategy"), ShardedStrategy)
-    precision = "32-true" if sharded else PRECISIONS[dtype][0]
+    precision = precision or ("32-true" if sharded else PRECISIONS[dtype][0])
     run = fit(module, PROMPTS, drop_last=False, precision=precision, **cut)
     return {name: getattr(run, name) for name in ("gradients", "weights", "losses", "curves")}
 
 
+#: In bfloat16, where FSDP gathers matrices in it; recomputed activations; frozen shards apart.
+MIXED = {
+    "mixed": {"precision": "bf16-mixed"},
+    "mixed, null": {"precision": "bf16-mixed", "estimator": NullEstimator()},
+    "recomputed": {"checkpointing": True},
+}
 #: name of a two-process run → its arguments
 RUNS = {
     f"{dtype}, {name}, {strategy}": {"dtype": dtype, "cut": cut, "strategy": strategy}
@@ -99,6 +116,16 @@ RUNS = {
 } | {
     "local mean": {"dtype": "float32", "cut": PAIRED["2 processes x 4"], "kind": LocalMean},
     "no world size": {"dtype": "float32", "cut": PAIRED["2 processes x 4"], "kind": NoWorldSize},
+    **{
+        f"{kind}, {strategy}": {
+            "dtype": "float32",
+            "cut": PAIRED["2 processes x 2 x 2"],
+            "strategy": strategy,
+            **options,
+        }
+        for strategy in STRATEGIES
+        for kind, options in MIXED.items()
+    },
     "no accumulation": {
         "dtype": "float32",
         "cut": PAIRED["2 processes x 2 x 2"],
@@ -235,6 +262,27 @@ def test_adapters_are_one_batch_too(paired, whole, strategy):
         dtype = "float64" if strategy == "ddp" else "float32"
         yardstick = whole(dtype, lora=LORA)
         check_same(rank[f"adapters, {strategy}"], yardstick, PRECISIONS[dtype][1])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_recomputed_activations_are_one_batch_too(paired, whole, strategy):
+    for rank in paired:
+        check_same(rank[f"recomputed, {strategy}"], whole("float32"), 1e-5)
+
+
+def test_matrices_gathered_in_bfloat16_are_autocasts(paired):
+    """FSDP's gradient is DDP's: the same products of the same bits, summed in float32."""
+    for rank in paired:
+        check_same(rank["mixed, fsdp"], rank["mixed, ddp"], 1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_policy_and_reference_agree_exactly_in_bfloat16(paired, strategy):
+    """Identity 3: no credit, no loss, no gradient, however the weights are held."""
+    for rank in paired:
+        run = rank[f"mixed, null, {strategy}"]
+        assert not any(gradient.any() for gradient in run["gradients"])
+        assert all(torch.equal(weights, run["weights"][0]) for weights in run["weights"])
 
 
 def test_a_process_without_a_single_token_takes_part(paired, whole):

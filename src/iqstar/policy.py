@@ -116,15 +116,18 @@ class CausalLM(nn.Module):
         """Where the model computes."""
         return self._sharded_on or next(self.parameters()).device
 
-    def shard(self, mesh: DeviceMesh, device: torch.device, offload: bool = False) -> None:
+    def shard(
+        self, mesh: DeviceMesh, device: torch.device, precision: str, offload: bool = False
+    ) -> None:
         """Spreads the weights over the ranks of a mesh, in place (:mod:`iqstar.sharding`).
 
         Args:
             mesh: One-dimensional.
             device: This rank's.
+            precision: The trainer's.
             offload: Keep the shards in main memory.
         """
-        shard(self, mesh, ("hidden", "generate"), offload)
+        shard(self, mesh, ("hidden", "generate"), offload, AUTOCAST.get(precision))
         self._sharded_on = device
 
     @property

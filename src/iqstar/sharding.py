@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
+    MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -48,7 +49,11 @@ def _size(module: nn.Module) -> int:
 
 
 def shard(
-    model: nn.Module, mesh: DeviceMesh, methods: tuple[str, ...], offload: bool = False
+    model: nn.Module,
+    mesh: DeviceMesh,
+    methods: tuple[str, ...],
+    offload: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Spreads a model's weights over a device mesh, in place; they move to the mesh's device.
 
@@ -58,13 +63,26 @@ def shard(
         mesh: One-dimensional.
         methods: Names of the model's methods, besides ``forward``, that run it.
         offload: Keep the shards in main memory, and copy them to the device when gathered.
+        dtype: Autocast's. Trained matrices are gathered in it, which halves what is sent and
+            held and changes no bit: autocast would cast them at every product.
     """
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for block in transformer_blocks(model):
+        if dtype is not None and (matrices := _trained_matrices(block)):
+            mixed = MixedPrecisionPolicy(
+                param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+            fully_shard(matrices, mesh=mesh, mp_policy=mixed, offload_policy=policy)
         fully_shard(block, mesh=mesh, offload_policy=policy)
     fully_shard(model, mesh=mesh, offload_policy=policy, reshard_after_forward=False)
     for name in methods:
         register_fsdp_forward_method(model, name)
+
+
+def _trained_matrices(block: nn.Module) -> list[nn.Module]:
+    """The linear layers of a block, if all are trained; beside adapters they are frozen."""
+    linear: list[nn.Module] = [m for m in block.modules() if isinstance(m, nn.Linear)]
+    return linear if all(p.requires_grad for m in linear for p in m.parameters()) else []
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -102,7 +120,7 @@ def whole_blocks(model: nn.Module) -> Iterator[bool]:
 
 def _fit(blocks: Sequence[nn.Module]) -> bool:
     """Whether all ranks have room for whole blocks and, as a margin, half as much again."""
-    weights = [p for block in blocks for p in block.parameters()]
+    weights = [*{p for block in blocks for p in block.parameters()}]
     if weights[0].device.type != "cuda":
         return True
     needed = sum(p.numel() * p.element_size() for p in weights)

@@ -81,7 +81,8 @@ class ShardedStrategy(ModelParallelStrategy):
         for model in self.model.modules():
             if isinstance(model, CausalLM) and not is_sharded(model):
                 frozen = not any(p.requires_grad for p in model.parameters())
-                model.shard(mesh, self.root_device, offload=frozen and self.offload_frozen)
+                offload = frozen and self.offload_frozen
+                model.shard(mesh, self.root_device, str(trainer.precision), offload)
         if mesh.size() == 1:
             rank_zero_info("One device: the strategy fsdp runs, but nothing is sharded")
         super().setup(trainer)

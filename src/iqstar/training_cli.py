@@ -295,6 +295,8 @@ def _input_error(error: BaseException) -> InputError | None:
             f"--ckpt_path: the checkpoint does not fit the model ({first}); give one of the same "
             "model.policy"
         )
+    if "closed by peer" in str(error) or "reset by peer" in str(error):
+        return InputError("another process of this run stopped first; its own message says why")
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, InputError):
         cause = cause.__cause__
@@ -329,6 +331,7 @@ def less_chatter() -> Iterator[None]:
                 ".*module\\(s\\) in eval mode at the start of training.*",
                 ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
                 ".*`is_gradient_checkpointing` is deprecated.*",
+                ".*`gradient_checkpointing_enable` is deprecated.*",
                 ".*Checkpoint directory .* exists and is not empty.*",
             ):
                 warnings.filterwarnings("ignore", pattern)

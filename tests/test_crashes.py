@@ -1,0 +1,230 @@
+"""Whatever ends a run, what was saved before is whole, and the next run goes on from it."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli_tools import changed, error_of, tiny_config, write_config
+from iqstar.checkpoints import (
+    is_complete,
+    newest_checkpoint,
+    read_checkpoint,
+    whole_or_nothing,
+    write_file,
+)
+from iqstar.cli import main
+from iqstar.errors import InputError
+
+TESTS = Path(__file__).parent
+
+
+def configure(folder: Path, model: Path, **settings) -> Path:
+    """A tiny run that saves after every step, into a new folder of runs each time."""
+    config = changed(tiny_config(folder, model), "trainer.logger.init_args.version", None)
+    config = changed(config, "checkpoint", {"every_n_train_steps": 1})
+    for key, value in settings.items():
+        config = changed(config, key.replace("__", "."), value)
+    return write_config(folder, config)
+
+
+def launch(*command: str, **environment: str) -> subprocess.Popen:
+    """Starts a command of its own, as a user would."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **environment}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str]:
+    """Exit code and output of a process."""
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = newest_checkpoint(folder)
+    assert newest is not None
+    return read_checkpoint(newest)["state_dict"]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path, tiny, kills):
+    """SIGKILL at random moments, during saves too; the end is that of an undisturbed run."""
+    settings = {"trainer__max_steps": 60 + 20 * kills, "summary": {"examples": 0}}
+    killed, calm = tmp_path / "killed", tmp_path / "calm"
+    killed.mkdir()
+    calm.mkdir()
+    configure(killed, tiny, **settings)
+    code, output = end(launch(str(TESTS / "killed.py"), str(killed), str(kills)), 600)
+    assert code == 0, output
+    found = json.loads(output.splitlines()[-1])
+    assert found["steps"] == sorted(found["steps"])
+    assert len(set(found["steps"])) == kills + 1  # every child got further than the one before
+    assert found["status"] == [0]
+    assert found["end"] == [settings["trainer__max_steps"]]
+    if kills == 20:
+        assert sum(found["half_written"]) > 0  # some were killed while they wrote
+    assert main(["fit", "--config", str(configure(calm, tiny, **settings))]) == 0
+    undisturbed, other = weights(calm), weights(killed)
+    assert all(torch.equal(undisturbed[name], other[name]) for name in undisturbed)
+
+
+def test_last_is_the_newest_complete_one(tmp_path, tiny, capsys):
+    config = str(configure(tmp_path, tiny))
+    assert main(["fit", "--config", config, "--ckpt_path", "last"]) == 0
+    assert "starting from the beginning" in capsys.readouterr().err
+    newest = newest_checkpoint(tmp_path)
+    newest.with_name("step=9.ckpt.part").write_bytes(b"half")
+    newest.with_name("step=8.ckpt").write_bytes(newest.read_bytes()[:5000])
+    more = ["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", "3"]
+    assert main(more) == 0
+    assert f"Going on from {newest}" in capsys.readouterr().err
+    error = error_of(capsys, *more[:-3], str(newest.with_name("step=8.ckpt")))
+    assert "half-written" in error
+    assert str(newest_checkpoint(newest.parent)) in error
+
+
+def test_last_without_any_checkpoint_is_an_error_where_nothing_is_trained(tmp_path, tiny, capsys):
+    config = str(configure(tmp_path, tiny))
+    error = error_of(capsys, "validate", "--config", config, "--ckpt_path", "last")
+    assert "no complete checkpoint below" in error
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.ckpt"
+    write_file({"x": torch.ones(3)}, path)
+
+    def interrupted(error):
+        with whole_or_nothing(path) as part:
+            part.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(KeyError):
+        interrupted(KeyError())
+    with pytest.raises(InputError, match="No space left"):
+        interrupted(OSError(28, "No space left on device"))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+    assert is_complete(path)
+    assert torch.equal(read_checkpoint(path)["x"], torch.ones(3))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, tiny):
+    """The system refuses to write files beyond 100 kB, as a full disk would."""
+    config = str(configure(tmp_path, tiny))
+    assert main(["fit", "--config", config]) == 0
+    before = newest_checkpoint(tmp_path)
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "from iqstar import training_cli; from iqstar.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(main())"
+    )
+    options = ["--ckpt_path", "last", "--trainer.max_steps", "5"]
+    code, output = end(launch("-c", script, "fit", "--config", config, *options))
+    assert code == 2, output
+    assert "checkpoint: cannot write" in output
+    assert "checkpoints saved before are untouched" in output
+    assert newest_checkpoint(tmp_path) == before
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000  # not of this process
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_first(tmp_path, tiny, name):
+    """In a SLURM job, after its warning, the job is queued again."""
+    config = str(configure(tmp_path, tiny, checkpoint={"every_n_train_steps": 10_000}))
+    script = tmp_path / "bin" / "scontrol"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    script.chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "77",
+        "SLURM_NTASKS": "1",
+        "SLURM_JOB_NAME": "fit",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "localhost",
+        "PATH": f"{script.parent}:{os.environ['PATH']}",
+    }
+    run = ["-m", "iqstar.cli", "fit", "--config", config, "--trainer.max_steps", "100000"]
+    process = launch(*run, **slurm)
+    wait_for_steps(tmp_path / "runs")
+    process.send_signal(getattr(signal, name))
+    code, output = end(process)
+    assert code == 143, output
+    assert f"iqstar: stopped by {name} after optimiser step" in output
+    saved = newest_checkpoint(tmp_path)
+    assert saved is not None
+    assert f"step={read_checkpoint(saved)['global_step']}" in saved.name
+    asked = tmp_path / "asked"
+    assert asked.exists() == (name == "SIGUSR1")
+    if asked.exists():
+        assert asked.read_text() == "requeue 77\n"
+
+
+def wait_for_steps(runs: Path, size: int = 10_000) -> None:
+    """Until the log of curves has grown by some steps."""
+    for _ in range(600):
+        if sum(f.stat().st_size for f in runs.rglob("events*")) > size:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run did not start")
+
+
+def test_a_rank_that_dies_stops_the_others_with_its_error(tmp_path, tiny):
+    settings = {
+        "model__init_args__estimator": {"class_path": "dying.Dying"},
+        "trainer__devices": 2,
+        "trainer__strategy": "ddp",
+    }
+    config = str(configure(tmp_path, tiny, **settings))
+    started = time.monotonic()
+    code, output = end(launch("-m", "iqstar.cli", "fit", "--config", config))
+    assert code != 0
+    assert time.monotonic() - started < 60
+    assert "iqstar: error: data.path: rank 1 had enough" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_nodes_of_torchrun(tmp_path, tiny, strategy):
+    """Two nodes on the loopback device are two devices: same curves, same weights."""
+    nodes, devices = tmp_path / "nodes", tmp_path / "devices"
+    for folder in (nodes, devices):
+        folder.mkdir()
+    common = {"trainer__strategy": strategy}
+    config = configure(nodes, tiny, **common, trainer__num_nodes=2)
+    port = str(free_port())
+    rendezvous = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
+    rendezvous += ["--master_port", port]
+    run = ["-m", "iqstar.cli", "fit", "--config"]
+    both = [
+        launch("-m", "torch.distributed.run", *rendezvous, "--node_rank", str(n), *run, str(config))
+        for n in (0, 1)
+    ]
+    for code, output in [end(process) for process in both]:
+        assert code == 0, output
+    config = configure(devices, tiny, **common, trainer__devices=2)
+    code, output = end(launch(*run, str(config)))
+    assert code == 0, output
+    ours, theirs = weights(nodes), weights(devices)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
