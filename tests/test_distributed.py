@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.tensor import DTensor
 
 from fitting import LORA, LOSSES, ask, distance, fit, make_module, sgd
 from iqstar import InverseQStar
 from iqstar.credit import Whiten
 from iqstar.estimators import NullEstimator
 from iqstar.mdp import TokenCredits
+from iqstar.policy import CausalLM
 from iqstar.rollouts import DatasetRollout
 from iqstar.strategies import ShardedStrategy
 
@@ -42,6 +44,11 @@ PAIRED = {
 STRATEGIES = {
     "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
     "fsdp": lambda: ShardedStrategy(process_group_backend="gloo"),
+}
+
+
+ALL_STRATEGIES = STRATEGIES | {
+    "fsdp, offloaded": lambda: ShardedStrategy(offload_frozen=True, process_group_backend="gloo"),
 }
 
 
@@ -98,7 +105,20 @@ def train(
     sharded = isinstance(cut.get("strategy"), ShardedStrategy)
     precision = precision or ("32-true" if sharded else PRECISIONS[dtype][0])
     run = fit(module, PROMPTS, drop_last=False, precision=precision, **cut)
-    return {name: getattr(run, name) for name in ("gradients", "weights", "losses", "curves")}
+    kept = {name: getattr(run, name) for name in ("gradients", "weights", "losses", "curves")}
+    return kept | {"held": {name: held(model) for name, model in models(module).items()}}
+
+
+def models(module):
+    """The models of a module, by role."""
+    return {n: m for n, m in module.named_modules() if isinstance(m, CausalLM)}
+
+
+def held(model):
+    """Bytes of a model's weights that this process holds of its own, and of the whole model."""
+    model.to(model.device)  # gives up what is gathered
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    return sum(p.nbytes for p in own), sum(p.nbytes for p in model.parameters())
 
 
 #: In bfloat16, where FSDP gathers matrices in it; recomputed activations; frozen shards apart.
@@ -125,6 +145,11 @@ RUNS = {
         }
         for strategy in STRATEGIES
         for kind, options in MIXED.items()
+    },
+    "offloaded": {
+        "dtype": "float32",
+        "cut": PAIRED["2 processes x 4"],
+        "strategy": "fsdp, offloaded",
     },
     "no accumulation": {
         "dtype": "float32",
@@ -165,7 +190,7 @@ def work(rank: int, folder: str, out: str) -> None:
     runs = {}
     for name, run in RUNS.items():
         run = dict(run)
-        strategy = STRATEGIES[run.pop("strategy", "ddp")]()
+        strategy = ALL_STRATEGIES[run.pop("strategy", "ddp")]()
         cut = {**run["cut"], "devices": 2, "strategy": strategy}
         runs[name] = train(folder, **{**run, "cut": cut})
     share = credits([[1.0, 2.0, 3.0, 10.0], [-4.0]][rank])
@@ -274,6 +299,19 @@ def test_matrices_gathered_in_bfloat16_are_autocasts(paired):
     """FSDP's gradient is DDP's: the same products of the same bits, summed in float32."""
     for rank in paired:
         check_same(rank["mixed, fsdp"], rank["mixed, ddp"], 1e-5)
+
+
+def test_frozen_shards_may_stay_in_main_memory(paired, whole):
+    for rank in paired:
+        check_same(rank["offloaded"], whole("float32"), 1e-5)
+
+
+def test_every_process_holds_half_of_each_model(paired):
+    for rank in paired:
+        for own, total in rank["float32, 2 processes x 4, fsdp"]["held"].values():
+            assert own == pytest.approx(total / 2, rel=0.1)
+        for own, total in rank["float32, 2 processes x 4, ddp"]["held"].values():
+            assert own == total
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
