@@ -11,15 +11,19 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli_tools import write_prompts
+from iqstar.chat import ChatFormat
 from iqstar.cli import main
 from iqstar.export_callback import Export
+from iqstar.mdp import Message
 from iqstar.module import InverseQStar
+from tiny import BOS, EOS, tiny_folder, tiny_tokenizer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXPERIMENTS = [CONFIGS / "quickstart.yaml", *sorted((CONFIGS / "experiment").glob("*.yaml"))]
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 GROUPS = sorted([*(CONFIGS / "estimator").glob("*.yaml"), *(CONFIGS / "loss").glob("*.yaml")])
 POLICIES = sorted((CONFIGS / "policy").glob("*.yaml"))
+SCALE = sorted((CONFIGS / "scale").glob("*.yaml"))
 
 
 def names(files):
@@ -130,6 +134,45 @@ def test_policies_train(file, tmp_path, tiny, live):
     assert same_logits(live[-1], loaded)
 
 
+@pytest.mark.parametrize("file", SCALE, ids=names(SCALE))
+def test_scale_configs_train(file, tmp_path, live, monkeypatch):
+    """On a tiny model of the same architecture, without a chat template as theirs, on one CPU."""
+    monkeypatch.chdir(CONFIGS.parent)
+    stand_in = tiny_folder(tmp_path / "model", chat_template=False, tie=False)
+    one_cpu = {
+        "data.subset": "null",
+        "data.eval_batch_size": 3,
+        "model.micro_batch_size": 2,
+        "trainer.accumulate_grad_batches": 2,
+        "trainer.strategy": "auto",
+        "trainer.num_nodes": 1,
+    }
+    options = [part for key, value in one_cpu.items() for part in (f"--{key}", str(value))]
+    assert main(["fit", *arguments(file, tmp_path, stand_in), *options]) == 0
+    summary = summary_of(tmp_path)
+    assert summary["samples"] == 8
+    assert summary["optimizer_steps"] == 2
+    policy = live[-1].policy
+    assert policy.spec.gradient_checkpointing
+    assert (policy.frozen is None) == ("lora" in file.name)
+    given = yaml.safe_load(file.read_text())
+    assert given["trainer"]["devices"] == (1 if "24gb" in file.name else 8)
+    assert ("fsdp" in given["trainer"].get("strategy", "")) == (given["trainer"]["devices"] > 1)
+
+
+def test_vicunas_template_writes_vicunas_format():
+    tokenizer = tiny_tokenizer(chat_template=False)
+    chat = ChatFormat(tokenizer, template=str(CONFIGS / "scale" / "vicuna.jinja"))
+    turns = ("user", "Hi."), ("assistant", "Hello."), ("user", "Who are you?")
+    text = tokenizer.decode(chat.prompt_ids([Message(role=r, content=c) for r, c in turns]))
+    assert text == (
+        f"{BOS}A chat between a curious user and an artificial intelligence assistant. The "
+        "assistant gives helpful, detailed, and polite answers to the user's questions. "
+        f"USER: Hi. ASSISTANT: Hello.{EOS}USER: Who are you? ASSISTANT:"
+    )
+    assert chat.end_of_turn == (tokenizer.eos_token_id,)
+
+
 @pytest.mark.parametrize("file", GROUPS, ids=names(GROUPS))
 def test_groups_combine(file):
     parser = ArgumentParser(exit_on_error=False)
@@ -153,7 +196,7 @@ def test_strategies_combine(file, tmp_path, tiny, capsys):
 
 
 def test_no_config_is_left_out():
-    tested = [*EXPERIMENTS, *POLICIES, *GROUPS, *STRATEGIES]
+    tested = [*EXPERIMENTS, *POLICIES, *GROUPS, *STRATEGIES, *SCALE]
     assert sorted(tested) == sorted(CONFIGS.rglob("*.yaml"))
 
 

@@ -5,15 +5,13 @@ Nothing here knows an architecture, nor several devices: :mod:`iqstar.planning.m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from iqstar import attention
 from iqstar.curves import token_metrics
 from iqstar.distributions import HeadDistributions
 from iqstar.errors import InputError
@@ -22,19 +20,17 @@ from iqstar.logprobs import entropy, kl_divergence
 from iqstar.mdp import TokenCredits, TokenSequences
 from iqstar.module import InverseQStar
 from iqstar.optim import parameter_groups
+from iqstar.planning.empty import TRUE, cast_bytes, empty_policy, weights_of
 from iqstar.planning.footprint import Footprint, Generation, Weights, Workload
 from iqstar.planning.tracing import Trace, fake_weights, without_memory
-from iqstar.policy import AUTOCAST, CausalLM, Policy, PolicySpec, make_policy
+from iqstar.policy import AUTOCAST, CausalLM, Policy, PolicySpec
 from iqstar.sampling import CategoricalSampler
-from iqstar.sharding import transformer_blocks
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CHARACTERS_PER_TOKEN = 3
 """Of a principle; English has more, so that a principle is rather taken for too long."""
-TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
-"""Precisions under which Lightning converts all weights."""
 
 
 def trace_run(
@@ -68,56 +64,6 @@ def trace_run(
     with without_memory():
         fake_weights(*(m for m in (policy.actor, policy.frozen) if m is not None))
         return _Tracer(module, policy, workload, AUTOCAST.get(precision)).footprint(frozen)
-
-
-def empty_policy(spec: PolicySpec, config: PretrainedConfig, precision: str) -> Policy:
-    """A policy and its reference on the meta device."""
-    from transformers import AutoModelForCausalLM
-
-    if spec.attn_implementation == attention.NAME:
-        attention.register()
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=getattr(torch, spec.dtype),
-                attn_implementation=spec.attn_implementation,
-                trust_remote_code=spec.trust_remote_code,
-            )
-    except (ValueError, ImportError) as error:
-        raise InputError(f"model.policy: the model cannot be built: {error}") from error
-    chat: Any = SimpleNamespace(vocab_size=config.get_text_config().vocab_size)
-    with torch.device("meta"):
-        policy = make_policy(CausalLM(model, chat), spec, precision)
-    for lm in (policy.actor, policy.frozen):
-        if lm is not None and precision in TRUE:
-            lm.to(TRUE[precision])
-    return policy
-
-
-def weights_of(
-    model: nn.Module, chosen: Callable[[Tensor], Tensor | None] = lambda p: p
-) -> Weights:
-    """Bytes of a model's weights, or of what ``chosen`` makes of each."""
-    blocks = [_bytes(block, chosen) for block in transformer_blocks(model)]
-    total = _bytes(model, chosen)
-    return Weights(blocks=sum(blocks), block=max(blocks), rest=total - sum(blocks))
-
-
-def _bytes(module: nn.Module, chosen: Callable[[Tensor], Tensor | None]) -> int:
-    return sum(t.nbytes for p in module.parameters() if (t := chosen(p)) is not None)
-
-
-def cast_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
-    """Bytes of the copies in its dtype that autocast keeps of a model's trained matrices."""
-    from transformers.pytorch_utils import Conv1D
-
-    if dtype is None:
-        return 0
-    layers = (m for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
-    weights = {p for m in layers for p in m.parameters(recurse=False)}
-    trained = [p for p in weights if p.requires_grad and p.dtype == torch.float32]
-    return sum(p.numel() for p in trained) * dtype.itemsize
 
 
 class _Tracer:

@@ -17,13 +17,27 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-ATTENTION_ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **more: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+FLOPS = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""Kernels that PyTorch's counter does not know; it counts causal attention in full."""
+"""Operation → its FLOPs: PyTorch's table of products, and attention on CPUs, which it lacks.
+
+Causal attention is counted in full."""
 
 
 class Trace(TorchDispatchMode):
@@ -35,33 +49,23 @@ class Trace(TorchDispatchMode):
     Attributes:
         live: Bytes alive now.
         peak: Their maximum since the start, or since it was set.
+        flops: Floating-point operations of all products so far.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.flops = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet(t.untyped_storage() for t in known)
-        self._flops = FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU)
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of the matrix products so far."""
-        return int(self._flops.get_total_flops())
-
-    def __enter__(self) -> Trace:
-        self._flops.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._flops.__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if count := FLOPS.get(func._overloadpacket):
+            self.flops += count(*args, **kwargs, out_val=output)
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._meet(leaf.untyped_storage())
