@@ -32,7 +32,7 @@ PACKAGES = {
     "data": {"errors", "mdp"},
     "commands": {"errors", "mdp", "data", "settings", "pretrained", "policy"}
     | {"checkpoints", "card", "export", "planning", "training_cli"},
-    "planning": {"errors", "mdp", "data", "pretrained", "attention", "sampling", "sharding"}
+    "planning": {"errors", "mdp", "data", "pretrained", "attention", "chat", "sampling", "sharding"}
     | {"logprobs", "head", "distributions", "optim", "policy", "rollouts", "strategies"}
     | {"evaluation", "curves", "module"},
 }

@@ -11,7 +11,6 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
@@ -63,9 +62,8 @@ class PlanCLI(IQStarCLI):
     def _set_seed(self) -> None:
         """Nothing is drawn."""
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Its settings are enough: the devices are not those of this machine."""
-        return None  # type: ignore[return-value]
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """None: its settings are enough, the devices need not be those of this machine."""
 
 
 def main(argv: list[str]) -> int:
@@ -101,7 +99,7 @@ def plan_run(cli: PlanCLI) -> dict[str, Any]:
         if options[name] is not None and options[name] <= 0:
             raise InputError(f"--{name}: must be positive, got {options[name]}")
     trainer = cli.config_init.trainer
-    devices = layout(trainer, options.devices, options.memory)
+    devices = layout(vars(trainer), options.devices, options.memory)
     work = workload(
         cli.model, cli.datamodule, options.prompt_tokens, trainer.accumulate_grad_batches
     )

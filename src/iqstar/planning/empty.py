@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from iqstar import attention
+from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.planning.footprint import Weights
 from iqstar.policy import CausalLM, Policy, PolicySpec, make_policy
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 TRUE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 """Precisions under which Lightning converts all weights."""
+
+
+class _Vocabulary(ChatFormat):
+    """All of a chat format that a model without contents needs."""
+
+    def __init__(self, size: int) -> None:
+        self.vocab_size = size
 
 
 def empty_policy(spec: PolicySpec, config: PretrainedConfig, precision: str) -> Policy:
@@ -38,7 +45,7 @@ def empty_policy(spec: PolicySpec, config: PretrainedConfig, precision: str) -> 
             )
     except (ValueError, ImportError) as error:
         raise InputError(f"model.policy: the model cannot be built: {error}") from error
-    chat: Any = SimpleNamespace(vocab_size=config.get_text_config().vocab_size)
+    chat = _Vocabulary(config.get_text_config().vocab_size)
     with torch.device("meta"):
         policy = make_policy(CausalLM(model, chat), spec, precision)
     for lm in (policy.actor, policy.frozen):

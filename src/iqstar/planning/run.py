@@ -176,7 +176,7 @@ class _Tracer:
             run(prompt)
             reading = trace.peak
             before = trace.flops
-            _, cache = run(length - 1)
+            cache = run(length - 1)[1]
             flops = trace.flops - before
             filled = trace.live - self.all_casts
             trace.peak = trace.live
