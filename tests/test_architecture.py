@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
-    {"errors"},
+    {"errors", "chatter"},
     {"mdp", "ranks", "fingerprint", "checkpoints"},
     {"sharding"},
     {"logprobs"},
@@ -31,7 +31,7 @@ LAYERS = [
 PACKAGES = {
     "data": {"errors", "mdp"},
     "commands": {"errors", "mdp", "data", "settings", "pretrained", "policy"}
-    | {"checkpoints", "card", "export", "planning", "training_cli"},
+    | {"checkpoints", "card", "export", "planning", "training_cli", "chatter"},
     "planning": {"errors", "mdp", "data", "pretrained", "attention", "chat", "sampling", "sharding"}
     | {"logprobs", "head", "distributions", "optim", "policy", "rollouts", "strategies"}
     | {"evaluation", "curves", "module"},

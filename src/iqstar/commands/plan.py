@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
 
+from iqstar.chatter import less_chatter
 from iqstar.errors import InputError
 from iqstar.planning.footprint import Footprint
 from iqstar.planning.memory import GIB, Layout, Plan, make_plan
@@ -25,7 +26,6 @@ from iqstar.training_cli import (
     IQStarCLI,
     default_precision,
     given_settings,
-    less_chatter,
     readable_errors,
 )
 
