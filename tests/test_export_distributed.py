@@ -25,7 +25,11 @@ from iqstar.export_callback import Export
 from iqstar.strategies import ShardedStrategy
 
 POLICIES = {"full": None, "adapters": LORA}
-STRATEGIES = {"ddp": DDPStrategy, "fsdp": ShardedStrategy}
+STRATEGIES = {
+    "ddp": (DDPStrategy, "32-true"),
+    "fsdp": (ShardedStrategy, "32-true"),
+    "fsdp, bf16": (ShardedStrategy, "bf16-mixed"),
+}
 RUNS = [(kind, name) for kind in POLICIES for name in STRATEGIES]
 
 
@@ -39,6 +43,7 @@ def work(rank: int, model: str, out: str) -> None:
     for kind, name in RUNS:
         torch.manual_seed(0)  # adapters start at random
         folder = Path(out, kind, name)
+        strategy, precision = STRATEGIES[name]
         checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=1)
         fit(
             make_module(model, spec={"lora": POLICIES[kind]}),
@@ -46,7 +51,8 @@ def work(rank: int, model: str, out: str) -> None:
             max_steps=2,
             devices=2,
             plugins=[AtomicCheckpointIO()],
-            strategy=STRATEGIES[name](process_group_backend="gloo"),
+            strategy=strategy(process_group_backend="gloo"),
+            precision=precision,
             enable_checkpointing=True,
             default_root_dir=folder,
             callbacks=[Export(every_save=True), checkpoints],
@@ -78,13 +84,14 @@ def test_the_export_is_the_checkpoint(runs, tiny, tmp_path, kind, name):
     folder = runs / kind / name
     (ckpt,) = (p for p in folder.glob("*.ckpt"))
     assert ckpt.name == "step=2.ckpt"
-    assert is_sharded_checkpoint(ckpt) == (name == "fsdp")
+    assert is_sharded_checkpoint(ckpt) == ("fsdp" in name)
     assert [p.name for p in folder.glob("*.policy")] == ["step=2.policy"]
     at_end, beside = weights_of(folder / "policy"), weights_of(folder / "step=2.policy")
     assert equal(at_end, beside)
     assert not equal(at_end, AutoModelForCausalLM.from_pretrained(tiny).state_dict())
     file = "model.safetensors" if kind == "full" else "adapter_model.safetensors"
     written = load_file(folder / "policy" / file)
+    assert {weight.dtype for weight in written.values()} == {torch.float32}
     saved = read_checkpoint(ckpt)["state_dict"]
     if kind == "full":
         assert "lm_head.weight" not in written
