@@ -12,13 +12,14 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
+import iqstar.sharding
 from fitting import LORA, LOSSES, ask, distance, fit, make_module, sgd
 from iqstar import InverseQStar
 from iqstar.credit import Whiten
 from iqstar.estimators import NullEstimator
 from iqstar.mdp import TokenCredits
 from iqstar.policy import CausalLM
-from iqstar.rollouts import DatasetRollout
+from iqstar.rollouts import DatasetRollout, GenerateRollout
 from iqstar.strategies import ShardedStrategy
 
 LONG = "The ring and the thing you saw are on the land and in the air and in the other inn"
@@ -109,6 +110,15 @@ def train(
     return kept | {"held": {name: held(model) for name, model in models(module).items()}}
 
 
+def sampled(folder, rank):
+    """Sharded steps on what the policy samples, responses being much longer on one rank."""
+    rollout = GenerateRollout(max_new_tokens=3 + 9 * rank)
+    strategy = ALL_STRATEGIES["fsdp"]()
+    module = make_module(folder, rollout=rollout)
+    run = fit(module, batch_size=2, max_steps=2, devices=2, strategy=strategy)
+    return {"weights": run.weights, "length": run.curves[-1]["train/response_length"]}
+
+
 def models(module):
     """The models of a module, by role."""
     return {n: m for n, m in module.named_modules() if isinstance(m, CausalLM)}
@@ -193,6 +203,9 @@ def work(rank: int, folder: str, out: str) -> None:
         strategy = ALL_STRATEGIES[run.pop("strategy", "ddp")]()
         cut = {**run["cut"], "devices": 2, "strategy": strategy}
         runs[name] = train(folder, **{**run, "cut": cut})
+    for mode, fit_in in {"once": True, "at every token": False}.items():
+        iqstar.sharding._fit = lambda blocks, answer=fit_in: answer
+        runs[f"gathered {mode}"] = sampled(folder, rank)
     share = credits([[1.0, 2.0, 3.0, 10.0], [-4.0]][rank])
     runs["whiten"] = Whiten().apply(share, torch.arange(len(share))).credit
     torch.save(runs, Path(out, f"{rank}.pt"))
@@ -299,6 +312,16 @@ def test_matrices_gathered_in_bfloat16_are_autocasts(paired):
     """FSDP's gradient is DDP's: the same products of the same bits, summed in float32."""
     for rank in paired:
         check_same(rank["mixed, fsdp"], rank["mixed, ddp"], 1e-5)
+
+
+def test_sharded_ranks_sample_responses_of_different_lengths(paired):
+    """None waits for ever, whether blocks are gathered once per rollout or at every token."""
+    for rank in paired:
+        once, often = rank["gathered once"], rank["gathered at every token"]
+        assert once["length"] == pytest.approx((3 + 12) / 2)
+        assert often["length"] == once["length"]
+        for ours, theirs in zip(once["weights"], often["weights"], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
 def test_frozen_shards_may_stay_in_main_memory(paired, whole):
