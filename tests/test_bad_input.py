@@ -483,10 +483,34 @@ def test_checkpoint_of_another_model(tmp_path, config, capsys):
     other = tiny_folder(tmp_path / "wide", hidden_size=64)
     argv = ["validate", "--config", str(file), "--ckpt_path", str(last)]
     message = error_of(capsys, *argv, "--model.policy.model", str(other))
-    assert message.startswith("--ckpt_path: the checkpoint does not fit the model")
+    assert message.startswith("--ckpt_path: the checkpoint was trained with other frozen weights")
     message = error_of(capsys, *argv, "--model.policy.lora.rank", "2")
-    assert message.startswith("ckpt_path: the checkpoint lacks")
+    assert message.startswith("--ckpt_path: the checkpoint lacks")
     assert main(argv) == 0
+
+
+def test_checkpoint_of_other_adapters(tmp_path, config, capsys):
+    file = str(write_config(tmp_path, config))
+    assert main(["fit", "--config", file, "--model.policy.lora.rank", "2"]) == 0
+    last = next((tmp_path / "runs").rglob("last.ckpt"))
+    argv = ["validate", "--config", file, "--ckpt_path", str(last)]
+    message = error_of(capsys, *argv, "--model.policy.lora.rank", "3")
+    assert message.startswith("--ckpt_path: the checkpoint does not fit the model")
+    assert main([*argv, "--model.policy.lora.rank", "2"]) == 0
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_sharding_over_one_device_runs_and_says_so(tmp_path, config, capsys, strategy):
+    argv = ["fit", "--config", str(write_config(tmp_path, config))]
+    assert main([*argv, "--trainer.strategy", strategy]) == 0
+    assert "nothing is sharded" in capsys.readouterr().err
+
+
+def test_more_devices_than_the_prompts_fill(tmp_path, config, capsys):
+    """21 prompts to train on: six devices with batches of four ask for 24."""
+    argv = ["fit", "--config", str(write_config(tmp_path, config))]
+    message = error_of(capsys, *argv, "--data.batch_size", "22")
+    assert message.startswith("data.batch_size: 21 training prompts do not fill one batch of 22")
 
 
 def test_real_bugs_keep_their_traceback(tmp_path, config, monkeypatch):

@@ -31,6 +31,7 @@ def less_chatter() -> Iterator[None]:
         with warnings.catch_warnings():
             for pattern in (
                 ".*does not have many workers.*",
+                ".*when logging on epoch level in distributed setting.*",
                 ".*srun.*",
                 ".*LightningCLI's args parameter.*",
                 ".*module\\(s\\) in eval mode at the start of training.*",

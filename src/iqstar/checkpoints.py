@@ -135,22 +135,26 @@ def is_complete(path: Path) -> bool:
     return is_sharded_checkpoint(path) or (path.is_file() and zipfile.is_zipfile(path))
 
 
-def check_complete(path: Path) -> None:
+def check_complete(path: Path, key: str = "--ckpt_path") -> None:
     """Checks that a path is a checkpoint that can be read.
+
+    Args:
+        path: A file or folder.
+        key: What the user gave it with, for messages.
 
     Raises:
         InputError: If it does not exist, is something else, or was not written to its end.
     """
     if not path.exists():
         raise InputError(
-            f"--ckpt_path: {path} does not exist; give a .ckpt file or folder of an earlier run, "
+            f"{key}: {path} does not exist; give a .ckpt file or folder of an earlier run, "
             "such as runs/quickstart/version_0/checkpoints/last.ckpt"
         )
     if path.name.endswith(PART) or not is_complete(path):
         newest = newest_checkpoint(path.parent)
         instead = f"; the newest complete one there is {newest}" if newest else ""
         raise InputError(
-            f"--ckpt_path: {path} is no checkpoint, or a damaged or half-written one{instead}"
+            f"{key}: {path} is no checkpoint, or a damaged or half-written one{instead}"
         )
 
 
@@ -163,11 +167,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=_written, default=None)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, key: str = "--ckpt_path") -> dict[str, Any]:
     """Reads a checkpoint, whole, into main memory.
 
     Args:
         path: A file, or the folder of a sharded checkpoint.
+        key: What the user gave it with, for messages.
 
     Returns:
         What Lightning keeps in one file: ``state_dict``, ``optimizer_states``, ``iqstar``, …
@@ -175,14 +180,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         InputError: If it is none, damaged or incomplete.
     """
-    check_complete(path)
+    check_complete(path, key)
     try:
         if path.is_dir():
             return _assembled(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"--ckpt_path: {path} cannot be read ({reason}); give another") from error
+        raise InputError(f"{key}: {path} cannot be read ({reason}); give another") from error
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -212,10 +212,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        checkpoint = read_checkpoint(path)
-    except InputError as error:
-        raise InputError(str(error).replace("--ckpt_path", "--ckpt")) from error
+    checkpoint = read_checkpoint(path, "--ckpt")
     if not any(name.startswith(PREFIX) for name in checkpoint.get("state_dict", {})):
         raise InputError(
             f"--ckpt: {path} holds no weights of a policy; give a .ckpt that iqstar fit saved"
