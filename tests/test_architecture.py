@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
     {"errors", "chatter"},
-    {"mdp", "ranks", "fingerprint", "checkpoints"},
+    {"mdp", "ranks", "fingerprint", "checkpoints", "adapters"},
     {"sharding"},
     {"logprobs"},
     {"head"},
@@ -17,6 +17,7 @@ LAYERS = [
     {"losses", "credit", "chat", "metrics", "judges", "optim", "pretrained"}
     | {"attention", "sampling", "settings"},
     {"policy"},
+    {"loading"},
     {"scoring", "rollouts", "estimators", "strategies"},
     {"assignment", "evaluation", "card", "export"},
     {"curves", "resume"},
@@ -30,16 +31,16 @@ LAYERS = [
 #: Packages of several files, which may import each other, and what else they may import.
 PACKAGES = {
     "data": {"errors", "mdp"},
-    "commands": {"errors", "mdp", "data", "settings", "pretrained", "policy"}
+    "commands": {"errors", "mdp", "data", "settings", "pretrained", "policy", "adapters", "loading"}
     | {"checkpoints", "card", "export", "planning", "training_cli", "chatter"},
     "planning": {"errors", "mdp", "data", "pretrained", "attention", "chat", "sampling", "sharding"}
-    | {"logprobs", "head", "distributions", "optim", "policy", "rollouts", "strategies"}
+    | {"logprobs", "head", "distributions", "optim", "policy", "loading", "rollouts", "strategies"}
     | {"evaluation", "curves", "module"},
 }
 #: May import a package beside its layers.
 FROM_PACKAGES = {"training_cli": {"data"}, "cli": {"data", "commands"}}
 #: Lines of one concept that a split would only scatter; raise no limit without a reason.
-LONG = {"policy.py": 430, "pretrained.py": 350, "data/base.py": 330}
+LONG = {"pretrained.py": 350, "data/base.py": 330}
 LONG |= {"chat.py": 330, "settings.py": 400, "module.py": 480}
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from iqstar.attention import grouped_attention
+from iqstar.loading import load_policy
 from iqstar.mdp import Message, Prompt
-from iqstar.policy import PolicySpec, load_policy
+from iqstar.policy import PolicySpec
 from iqstar.rollouts import GenerateRollout
 from iqstar.scoring import pack_prompts
 from tiny import tiny_folder

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from cli_tools import changed, error_of, tiny_config, write_config
 from fitting import contrast, make_module, make_trainer
+from iqstar.adapters import LoRASpec
 from iqstar.card import DEFAULT_LOSS, RunRecord, _described, model_card
 from iqstar.chat import ChatFormat
 from iqstar.cli import main
@@ -26,7 +27,7 @@ from iqstar.data import JSONL
 from iqstar.export_callback import Export
 from iqstar.mdp import Message
 from iqstar.module import InverseQStar
-from iqstar.policy import LoRASpec, PolicySpec
+from iqstar.policy import PolicySpec
 from tiny import CHAT_TEMPLATE, tiny_folder, tiny_tokenizer
 
 LORA = {"rank": 4, "alpha": 8}

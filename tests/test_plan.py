@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from cli_tools import write_prompts
+from iqstar.adapters import LoRASpec
 from iqstar.cli import main
 from iqstar.estimators import ContrastiveEstimator, NullEstimator
 from iqstar.losses import RewardImitationLoss
@@ -20,7 +21,7 @@ from iqstar.planning.memory import GIB, Layout, make_plan
 from iqstar.planning.reading import read_architecture
 from iqstar.planning.run import trace_run
 from iqstar.planning.tracing import Trace, fake_weights, without_memory
-from iqstar.policy import CausalLM, LoRASpec, PolicySpec
+from iqstar.policy import CausalLM, PolicySpec
 from tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,12 @@ from transformers import (
 )
 
 from fitting import LORA, PROMPTS, attach, distance, fit, make_module, same_bits, sgd
+from iqstar.adapters import LoRASpec
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
+from iqstar.loading import _check_head, load_policy
 from iqstar.mdp import TokenSequences
-from iqstar.policy import CausalLM, LoRASpec, PolicySpec, _check_head, load_policy
+from iqstar.policy import CausalLM, PolicySpec
 from iqstar.rollouts import DatasetRollout, GenerateRollout
 from test_identities import FIXED
 from tiny import tiny_folder, tiny_model, tiny_tokenizer

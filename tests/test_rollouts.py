@@ -9,8 +9,9 @@ from fitting import PROMPTS, ask, attach, fit, make_module
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.estimators import NullEstimator
+from iqstar.loading import load_policy
 from iqstar.losses import TokenPolicyGradientLoss
-from iqstar.policy import PolicySpec, load_policy
+from iqstar.policy import PolicySpec
 from iqstar.rollouts import (
     DatasetRollout,
     GenerateRollout,

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "InverseQStar": "iqstar.module",
     "PolicySpec": "iqstar.policy",
-    "LoRASpec": "iqstar.policy",
+    "LoRASpec": "iqstar.adapters",
 }
 __all__ = ["InverseQStar", "LoRASpec", "PolicySpec", "__version__"]
 

@@ -17,7 +17,8 @@ from torch import nn
 from iqstar.chat import ChatFormat, check_placement
 from iqstar.distributions import LogLinear, Reindexed, TokenDistributions
 from iqstar.errors import InputError
-from iqstar.policy import CausalLM, load_frozen
+from iqstar.loading import load_frozen
+from iqstar.policy import CausalLM
 
 KEY = "model.estimator.init_args"
 

@@ -26,6 +26,7 @@ from iqstar.estimators import OptimalPolicyEstimator
 from iqstar.evaluation import Evaluation, Sample, evaluation_metrics, sample_and_score
 from iqstar.head import head_loss
 from iqstar.judges import Judge
+from iqstar.loading import load_policy
 from iqstar.losses import DistributionImitationLoss, TokenLoss
 from iqstar.mdp import Prompt, PromptBatch, Rollout
 from iqstar.metrics import TokenMeans
@@ -36,7 +37,7 @@ from iqstar.optim import (
     default_optimizer,
     parameter_groups,
 )
-from iqstar.policy import CausalLM, Policy, PolicySpec, load_policy
+from iqstar.policy import CausalLM, Policy, PolicySpec
 from iqstar.ranks import gather, global_sum
 from iqstar.resume import (
     check_same_frozen,

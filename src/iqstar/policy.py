@@ -1,4 +1,4 @@
-"""The policy and its frozen reference: loading, LoRA, freezing, and the one scoring function.
+"""The policy and its frozen reference, and the one scoring function.
 
 π_θ, π_ref and π̂* are all scored by :meth:`CausalLM.hidden` and :meth:`CausalLM.head`: one numeric
 path, so that at step 0 their log-ratio is exactly zero, in bf16 too (method §5, §7).
@@ -6,7 +6,6 @@ path, so that at step 0 their log-ratio is exactly zero, in bf16 too (method §5
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -17,35 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from iqstar import attention
+from iqstar.adapters import LoRASpec, adapters_off
 from iqstar.chat import ChatFormat
-from iqstar.errors import InputError
-from iqstar.fingerprint import fingerprint
 from iqstar.head import LanguageHead
 from iqstar.mdp import TokenSequences
-from iqstar.pretrained import load_config, load_model, load_tokenizer, resolve_model
+from iqstar.pretrained import load_config, load_tokenizer, resolve_model
 from iqstar.sharding import is_sharded, shard, whole_blocks
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16}
 """Trainer precisions under which matrix products run in a smaller dtype than the weights."""
-
-
-@dataclass(kw_only=True)
-class LoRASpec:
-    """Low-rank adapters (PEFT); the reference is then the same weights with adapters off.
-
-    Args:
-        rank: Rank of the adapters.
-        alpha: Scale of the adapters: they are multiplied by alpha / rank.
-        target_modules: Names of the linear layers to adapt, or ``all-linear``: all of them
-            except the output head.
-        rslora: Whether the scale is alpha / √rank instead.
-    """
-
-    rank: int = 16
-    alpha: int = 32
-    target_modules: str | list[str] = "all-linear"
-    rslora: bool = False
 
 
 @dataclass(kw_only=True)
@@ -231,184 +210,3 @@ class Policy:
         parameters = list(self.actor.parameters())
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         return trained, sum(p.numel() for p in parameters)
-
-
-def load_policy(spec: PolicySpec, chat: ChatFormat, precision: str = "32-true") -> Policy:
-    """Loads the policy, and freezes its reference.
-
-    Args:
-        spec: What to load.
-        chat: The tokenizer's chat format, from :meth:`PolicySpec.chat`.
-        precision: The trainer's; under autocast the matrices of frozen weights are held in its
-            dtype, which changes no bit of any product and halves their memory.
-
-    Raises:
-        InputError: If the model cannot be loaded, or its output head is not understood.
-    """
-    return make_policy(_load(spec, chat, "model.policy.model"), spec, precision)
-
-
-def make_policy(actor: CausalLM, spec: PolicySpec, precision: str = "32-true") -> Policy:
-    """The policy and its frozen reference, from a model that is loaded; arguments as above.
-
-    It computes nothing, so the weights may be on the meta device.
-    """
-    if spec.lora is not None:
-        actor.model.requires_grad_(False)
-        _cast_matrices(actor.model, precision)
-        actor.model = _with_adapters(actor.model, spec.lora)
-        frozen = None
-    else:
-        frozen = copy.deepcopy(actor)
-        _freeze(frozen, precision)
-        actor.requires_grad_(True)
-    if spec.gradient_checkpointing:
-        actor.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if spec.lora is not None:
-            actor.model.enable_input_require_grads()
-    actor.train()
-    return Policy(actor=actor, frozen=frozen, spec=spec)
-
-
-def load_frozen(model: str, policy: ChatFormat, precision: str, key: str) -> CausalLM:
-    """Loads a frozen model beside the policy, for an estimator.
-
-    Args:
-        model: What ``PolicySpec.model`` may be.
-        policy: The policy's chat format; both tokenizers must map the same tokens to the same ids.
-        precision: The trainer's.
-        key: The YAML key that named the model, for messages.
-
-    Raises:
-        InputError: If the vocabularies differ.
-    """
-    spec = PolicySpec(model=model)
-    chat = spec.chat(key)
-    ours, theirs = policy.tokenizer.get_vocab(), chat.tokenizer.get_vocab()
-    if ours != theirs:
-        differing = len(set(ours.items()) ^ set(theirs.items()))
-        raise InputError(
-            f"{key}: the vocabulary of {model!r} ({len(theirs)} tokens) differs from the policy's "
-            f"({len(ours)} tokens) in {differing} entries, so their log-probs are not comparable; "
-            "choose a model of the same family, or leave the key out to use the reference itself"
-        )
-    frozen = _load(spec, chat, key)
-    _freeze(frozen, precision)
-    return frozen
-
-
-def _load(spec: PolicySpec, chat: ChatFormat, key: str) -> CausalLM:
-    """The model with every dropout at 0: scoring and sampling must agree."""
-    if spec.attn_implementation == attention.NAME:
-        attention.register()
-    model = load_model(
-        spec.model,
-        dtype=getattr(torch, spec.dtype),
-        attn_implementation=spec.attn_implementation,
-        trust_remote_code=spec.trust_remote_code,
-        revision=spec.revision,
-        key=key,
-    )
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-                setattr(module, name, 0.0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    lm = CausalLM(model, chat)
-    _check_head(lm, key)
-    lm.fingerprint = fingerprint(model)
-    return lm
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """PEFT's layers without their adapters.
-
-    Unlike PEFT's own context it leaves ``requires_grad`` alone, which would not reach weights
-    that are gathered from shards.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer._disable_adapters = False
-
-
-def _with_adapters(model: nn.Module, lora: LoRASpec) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=lora.target_modules,
-        use_rslora=lora.rslora,
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    try:
-        adapted: Any = get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(f"model.policy.lora.target_modules: {error}") from error
-    if hasattr(adapted.get_base_model().get_output_embeddings(), "base_layer"):
-        raise InputError(
-            "model.policy.lora.target_modules: the output head cannot be adapted, since its "
-            "log-probs are computed from the plain weight; leave it out"
-        )
-    return adapted
-
-
-def _freeze(model: CausalLM, precision: str) -> None:
-    model.requires_grad_(False)
-    model.eval()
-    _cast_matrices(model.model, precision)
-
-
-def _cast_matrices(model: nn.Module, precision: str) -> None:
-    """Holds frozen matrices in autocast's dtype; embeddings, norms and tied heads stay as they are.
-
-    Autocast would cast them at every product, to the same bits.
-    """
-    dtype = AUTOCAST.get(precision)
-    if dtype is None:
-        return
-    from transformers.pytorch_utils import Conv1D
-
-    tied: Any = model.get_input_embeddings().weight  # type: ignore[operator]
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module.weight is not tied:
-            module.to(dtype)
-
-
-@torch.no_grad()
-def _check_head(lm: CausalLM, key: str) -> None:
-    """Our head on the model's hidden states must give the model's own logits."""
-    ids = torch.tensor([[1, 2, 3]]) % lm.chat.vocab_size
-    sequences = TokenSequences(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids, dtype=torch.bool),
-        position_ids=torch.arange(3)[None],
-        predictors=torch.arange(3),
-    )
-    training = lm.training
-    lm.eval()
-    ours = lm.head().prepared().logits(lm.hidden(sequences))
-    theirs = lm.model(input_ids=ids).logits[0, :, : lm.chat.vocab_size]
-    lm.train(training)
-    if not torch.isfinite(theirs).all():
-        raise InputError(
-            f"{key}: the model's output is not finite, so its weights are damaged (or overflow in "
-            "their dtype); give another copy of it, or a checkpoint from before they diverged"
-        )
-    if not torch.allclose(ours, theirs.to(ours), atol=1e-2, rtol=1e-2):
-        raise InputError(
-            f"{key}: the output head of {type(lm.model).__name__} is not a plain linear map of "
-            "its last hidden state (scale and soft-capping are known); this architecture is not "
-            "supported yet"
-        )

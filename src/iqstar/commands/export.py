@@ -20,11 +20,13 @@ import jsonargparse
 import yaml
 from torch import Tensor, nn
 
+from iqstar.adapters import with_adapters
 from iqstar.card import model_card, record_of_checkpoint
 from iqstar.checkpoints import read_checkpoint
 from iqstar.errors import InputError
 from iqstar.export import SHARD_SIZE, Dtype, check_shard_size, export_policy
-from iqstar.policy import CausalLM, Policy, PolicySpec, load_policy
+from iqstar.loading import load_whole
+from iqstar.policy import CausalLM, Policy, PolicySpec
 from iqstar.pretrained import quiet_transformers
 from iqstar.settings import read_yaml
 
@@ -119,7 +121,7 @@ def restored(spec: PolicySpec, checkpoint: Mapping[str, Any], where: str) -> Pol
     """
     # How training computed is no concern of the weights, and may not be possible here.
     plain = replace(spec, attn_implementation=None, gradient_checkpointing=False)
-    actor = load_policy(plain, plain.chat()).actor
+    actor = load_whole(plain, plain.chat())
     then = checkpoint["iqstar"].get("frozen", {}).get("reference", actor.fingerprint)
     if then != actor.fingerprint:
         raise InputError(
@@ -127,6 +129,8 @@ def restored(spec: PolicySpec, checkpoint: Mapping[str, Any], where: str) -> Pol
             f"(SHA-256 {then[:12]} then, {actor.fingerprint[:12]} now); name the right one with "
             "--config, or pin model.policy.revision"
         )
+    if spec.lora is not None:
+        actor.model = with_adapters(actor.model, spec.lora)
     names = checkpoint["state_dict"].items()
     load_weights(actor.model, {n.removeprefix(PREFIX): w for n, w in names}, where)
     return Policy(actor=actor, frozen=None, spec=spec)

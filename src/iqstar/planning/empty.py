@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from iqstar import attention
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
+from iqstar.loading import make_policy
 from iqstar.planning.footprint import Weights
-from iqstar.policy import CausalLM, Policy, PolicySpec, make_policy
+from iqstar.policy import CausalLM, Policy, PolicySpec
 from iqstar.sharding import transformer_blocks
 
 if TYPE_CHECKING:

@@ -1,0 +1,162 @@
+"""Loads the policy and its frozen models, and checks that their log-probs can be computed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from iqstar import attention
+from iqstar.adapters import with_adapters
+from iqstar.chat import ChatFormat
+from iqstar.errors import InputError
+from iqstar.fingerprint import fingerprint
+from iqstar.mdp import TokenSequences
+from iqstar.policy import AUTOCAST, CausalLM, Policy, PolicySpec
+from iqstar.pretrained import load_model
+
+
+def load_policy(spec: PolicySpec, chat: ChatFormat, precision: str = "32-true") -> Policy:
+    """Loads the policy, and freezes its reference.
+
+    Args:
+        spec: What to load.
+        chat: The tokenizer's chat format, from :meth:`PolicySpec.chat`.
+        precision: The trainer's; under autocast the matrices of frozen weights are held in its
+            dtype, which changes no bit of any product and halves their memory.
+
+    Raises:
+        InputError: If the model cannot be loaded, or its output head is not understood.
+    """
+    return make_policy(load_whole(spec, chat), spec, precision)
+
+
+def make_policy(actor: CausalLM, spec: PolicySpec, precision: str = "32-true") -> Policy:
+    """The policy and its frozen reference, from a model that is loaded; arguments as above.
+
+    It computes nothing, so the weights may be on the meta device.
+    """
+    if spec.lora is not None:
+        actor.model.requires_grad_(False)
+        _cast_matrices(actor.model, precision)
+        actor.model = with_adapters(actor.model, spec.lora)
+        frozen = None
+    else:
+        frozen = copy.deepcopy(actor)
+        _freeze(frozen, precision)
+        actor.requires_grad_(True)
+    if spec.gradient_checkpointing:
+        actor.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if spec.lora is not None:
+            actor.model.enable_input_require_grads()
+    actor.train()
+    return Policy(actor=actor, frozen=frozen, spec=spec)
+
+
+def load_frozen(model: str, policy: ChatFormat, precision: str, key: str) -> CausalLM:
+    """Loads a frozen model beside the policy, for an estimator.
+
+    Args:
+        model: What ``PolicySpec.model`` may be.
+        policy: The policy's chat format; both tokenizers must map the same tokens to the same ids.
+        precision: The trainer's.
+        key: The YAML key that named the model, for messages.
+
+    Raises:
+        InputError: If the vocabularies differ.
+    """
+    spec = PolicySpec(model=model)
+    chat = spec.chat(key)
+    ours, theirs = policy.tokenizer.get_vocab(), chat.tokenizer.get_vocab()
+    if ours != theirs:
+        differing = len(set(ours.items()) ^ set(theirs.items()))
+        raise InputError(
+            f"{key}: the vocabulary of {model!r} ({len(theirs)} tokens) differs from the policy's "
+            f"({len(ours)} tokens) in {differing} entries, so their log-probs are not comparable; "
+            "choose a model of the same family, or leave the key out to use the reference itself"
+        )
+    frozen = load_whole(spec, chat, key)
+    _freeze(frozen, precision)
+    return frozen
+
+
+def load_whole(spec: PolicySpec, chat: ChatFormat, key: str = "model.policy.model") -> CausalLM:
+    """The model as it comes, with every dropout at 0: scoring and sampling must agree.
+
+    Args:
+        spec: What to load; its adapters are not put on.
+        chat: Its chat format.
+        key: The YAML key that named it, for messages.
+    """
+    if spec.attn_implementation == attention.NAME:
+        attention.register()
+    model = load_model(
+        spec.model,
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=spec.attn_implementation,
+        trust_remote_code=spec.trust_remote_code,
+        revision=spec.revision,
+        key=key,
+    )
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    lm = CausalLM(model, chat)
+    _check_head(lm, key)
+    lm.fingerprint = fingerprint(model)
+    return lm
+
+
+def _freeze(model: CausalLM, precision: str) -> None:
+    model.requires_grad_(False)
+    model.eval()
+    _cast_matrices(model.model, precision)
+
+
+def _cast_matrices(model: nn.Module, precision: str) -> None:
+    """Holds frozen matrices in autocast's dtype; embeddings, norms and tied heads stay as they are.
+
+    Autocast would cast them at every product, to the same bits.
+    """
+    dtype = AUTOCAST.get(precision)
+    if dtype is None:
+        return
+    from transformers.pytorch_utils import Conv1D
+
+    tied: Any = model.get_input_embeddings().weight  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D) and module.weight is not tied:
+            module.to(dtype)
+
+
+@torch.no_grad()
+def _check_head(lm: CausalLM, key: str) -> None:
+    """Our head on the model's hidden states must give the model's own logits."""
+    ids = torch.tensor([[1, 2, 3]]) % lm.chat.vocab_size
+    sequences = TokenSequences(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids, dtype=torch.bool),
+        position_ids=torch.arange(3)[None],
+        predictors=torch.arange(3),
+    )
+    training = lm.training
+    lm.eval()
+    ours = lm.head().prepared().logits(lm.hidden(sequences))
+    theirs = lm.model(input_ids=ids).logits[0, :, : lm.chat.vocab_size]
+    lm.train(training)
+    if not torch.isfinite(theirs).all():
+        raise InputError(
+            f"{key}: the model's output is not finite, so its weights are damaged (or overflow in "
+            "their dtype); give another copy of it, or a checkpoint from before they diverged"
+        )
+    if not torch.allclose(ours, theirs.to(ours), atol=1e-2, rtol=1e-2):
+        raise InputError(
+            f"{key}: the output head of {type(lm.model).__name__} is not a plain linear map of "
+            "its last hidden state (scale and soft-capping are known); this architecture is not "
+            "supported yet"
+        )
