@@ -499,7 +499,18 @@ def test_checkpoint_of_other_adapters(tmp_path, config, capsys):
     assert main([*argv, "--model.policy.lora.rank", "2"]) == 0
 
 
+@pytest.fixture
+def process_group(monkeypatch):
+    """What Lightning leaves behind of a process group is gone after the test."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+@pytest.mark.usefixtures("process_group")
 def test_sharding_over_one_device_runs_and_says_so(tmp_path, config, capsys, strategy):
     argv = ["fit", "--config", str(write_config(tmp_path, config))]
     assert main([*argv, "--trainer.strategy", strategy]) == 0

@@ -38,7 +38,8 @@ def configure(folder: Path, model: Path, **settings) -> Path:
 
 def launch(*command: str, **environment: str) -> subprocess.Popen:
     """Starts a command of its own, as a user would."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **environment}
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "PL_"))}
+    env = {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **environment}
     return subprocess.Popen(
         [sys.executable, *command],
         env=env,
