@@ -204,7 +204,7 @@ def work(rank: int, folder: str, out: str) -> None:
         cut = {**run["cut"], "devices": 2, "strategy": strategy}
         runs[name] = train(folder, **{**run, "cut": cut})
     for mode, fit_in in {"once": True, "at every token": False}.items():
-        iqstar.sharding._fit = lambda blocks, answer=fit_in: answer
+        iqstar.sharding._fit = lambda size, device, answer=fit_in: answer
         runs[f"gathered {mode}"] = sampled(folder, rank)
     share = credits([[1.0, 2.0, 3.0, 10.0], [-4.0]][rank])
     runs["whiten"] = Whiten().apply(share, torch.arange(len(share))).credit

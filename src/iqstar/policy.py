@@ -89,6 +89,7 @@ class CausalLM(nn.Module):
         self.chat = chat
         self.fingerprint = ""
         self._sharded_on: torch.device | None = None
+        self._gathered_bytes = 0
 
     @property
     def device(self) -> torch.device:
@@ -106,7 +107,8 @@ class CausalLM(nn.Module):
             precision: The trainer's.
             offload: Keep the shards in main memory.
         """
-        shard(self, mesh, ("hidden", "generate"), offload, AUTOCAST.get(precision))
+        dtype = AUTOCAST.get(precision)
+        self._gathered_bytes = shard(self, mesh, ("hidden", "generate"), offload, dtype)
         self._sharded_on = device
 
     @property
@@ -175,7 +177,7 @@ class CausalLM(nn.Module):
         inner.generation_config = GenerationConfig()
         self.eval()
         try:
-            with whole_blocks(self) as independent:
+            with whole_blocks(self, self._gathered_bytes, self.device) as independent:
                 tokens: Tensor = self.model.generate(**arguments, synced_gpus=not independent)
         finally:
             inner.generation_config = own

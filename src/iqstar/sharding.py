@@ -7,7 +7,7 @@ that the losses, which need the head's weight, may use it after the forward pass
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +54,7 @@ def shard(
     methods: tuple[str, ...],
     offload: bool = False,
     dtype: torch.dtype | None = None,
-) -> None:
+) -> int:
     """Spreads a model's weights over a device mesh, in place; they move to the mesh's device.
 
     Args:
@@ -65,10 +65,16 @@ def shard(
         offload: Keep the shards in main memory, and copy them to the device when gathered.
         dtype: Autocast's. Trained matrices are gathered in it, which halves what is sent and
             held and changes no bit: autocast would cast them at every product.
+
+    Returns:
+        Bytes of all blocks when they are gathered.
     """
+    gathered = 0
     policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for block in transformer_blocks(model):
+        gathered += _bytes(block)
         if dtype is not None and (matrices := _trained_matrices(block)):
+            gathered -= sum(_bytes(m) for m in matrices) * (4 - dtype.itemsize) // 4
             mixed = MixedPrecisionPolicy(
                 param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
@@ -77,6 +83,11 @@ def shard(
     fully_shard(model, mesh=mesh, offload_policy=policy, reshard_after_forward=False)
     for name in methods:
         register_fsdp_forward_method(model, name)
+    return gathered
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _trained_matrices(block: nn.Module) -> list[nn.Module]:
@@ -91,11 +102,16 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def whole_blocks(model: nn.Module) -> Iterator[bool]:
+def whole_blocks(model: nn.Module, size: int, device: torch.device) -> Iterator[bool]:
     """All blocks gathered, once, for many forward passes; inside one of the model's methods.
 
     Where the memory of a rank's GPU does not allow it, blocks are gathered at every forward pass
     as ever, and all ranks must make equally many.
+
+    Args:
+        model: A model, sharded or not.
+        size: What :func:`shard` returned.
+        device: Where the model computes.
 
     Yields:
         Whether forward passes need no communication, so that ranks may make different numbers.
@@ -104,7 +120,7 @@ def whole_blocks(model: nn.Module) -> Iterator[bool]:
     if not is_sharded(model) or not blocks:
         yield True
         return
-    if not _fit(blocks):
+    if not _fit(size, device):
         yield False
         return
     for block in blocks:
@@ -118,15 +134,13 @@ def whole_blocks(model: nn.Module) -> Iterator[bool]:
             block.reshard()
 
 
-def _fit(blocks: Sequence[nn.Module]) -> bool:
-    """Whether all ranks have room for whole blocks and, as a margin, half as much again."""
-    weights = [*{p for block in blocks for p in block.parameters()}]
-    if weights[0].device.type != "cuda":
+def _fit(size: int, device: torch.device) -> bool:
+    """Whether all ranks have room for so many bytes and, as a margin, half as many again."""
+    if device.type != "cuda":
         return True
-    needed = sum(p.numel() * p.element_size() for p in weights)
-    free, _ = torch.cuda.mem_get_info(weights[0].device)
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return not global_max(int(needed * 1.5 > free), weights[0].device)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return not global_max(int(size * 1.5 > free), device)
 
 
 def whole(tensor: Tensor) -> Tensor:

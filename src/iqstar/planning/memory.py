@@ -77,11 +77,13 @@ class Plan:
 def make_plan(run: Footprint, layout: Layout) -> Plan:
     """What a run takes of each device of a layout."""
     always = lasting(run, layout)
-    casts = {"copies in autocast's dtype": run.casts}
-    generating = {"copies in autocast's dtype": run.casts + run.head_casts}
+    copies = run.casts - gathered_casts(run, layout)
+    casts = {"copies in autocast's dtype": copies}
+    generating = {"copies in autocast's dtype": copies + run.head_casts}
     computing = gathered(run, layout, whole=False)
     room = layout.memory - sum(always.values()) - sum(root_groups(run, layout).values())
-    whole = not layout.gpu or run.policy.blocks * WHOLE_BLOCKS_MARGIN <= room
+    blocks = run.policy.blocks - gathered_casts(run, layout)
+    whole = not layout.gpu or blocks * WHOLE_BLOCKS_MARGIN <= room
     sampling = gathered(run, layout, whole=whole)
     phases: dict[str, dict[str, int]] = {}
     if run.evaluation.cache:
@@ -158,6 +160,16 @@ def root_groups(run: Footprint, layout: Layout) -> dict[str, int]:
     return {"gathered weights": sum(w.rest for w in (run.policy, *run.frozen.values()))}
 
 
+def gathered_casts(run: Footprint, layout: Layout) -> int:
+    """Bytes that gathering trained matrices in autocast's dtype saves, twice.
+
+    They are sent at half the size, and autocast has nothing left to copy
+    (:func:`iqstar.sharding.shard`). Beside adapters, matrices are frozen and were cast before.
+    """
+    full = run.trained == run.parameters
+    return run.casts if layout.strategy == "fsdp" and full else 0
+
+
 def gathered(run: Footprint, layout: Layout, whole: bool) -> dict[str, int]:
     """Weights that are whole while a sharded model computes.
 
@@ -168,8 +180,10 @@ def gathered(run: Footprint, layout: Layout, whole: bool) -> dict[str, int]:
     """
     if layout.strategy != "fsdp":
         return {}
-    largest = max(w.block for w in (run.policy, *run.frozen.values()))
-    blocks = run.policy.blocks if whole else BLOCKS_AT_ONCE * largest
+    policy = run.policy.blocks - gathered_casts(run, layout)
+    block = policy * run.policy.block // max(run.policy.blocks, 1)
+    largest = max(block, *(w.block for w in run.frozen.values()), 0)
+    blocks = policy if whole else BLOCKS_AT_ONCE * largest
     return {"gathered weights": root_groups(run, layout)["gathered weights"] + blocks}
 
 
