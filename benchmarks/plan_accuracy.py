@@ -28,6 +28,7 @@ CASES = {
     "full, micro-batches of 4": SMALL,
     "full, checkpointing": CHECKPOINTING,
     "full, two processes, fsdp": SHARDED,
+    "lora, two processes, fsdp": [*LORA, *SHARDED],
 }
 """What each case adds to the experiment."""
 LONGEST_PROMPT = 68

@@ -22,7 +22,7 @@ from typing import Any
 
 RESULT = Path(__file__).parent / "results" / "scaling.json"
 RESPONSES = 32
-STEPS = 4
+STEPS = 3
 """Optimiser steps timed in a process, after one to warm up."""
 TEXT = "It depends on the weather, on the season and on how far you would like to walk that day. "
 SIDES = {

@@ -41,7 +41,7 @@ def gradient(cut):
         contrast(1.0),
         rollout=DatasetRollout(max_new_tokens=80),
         micro_batch_size=cut.pop("micro", None),
-        optimizer=sgd(0.05),
+        optimizer=sgd(5.0),  # so large a change that rounding of the weights does not show in it
     )
     run = fit(module, PROMPTS, max_steps=1, **cut)
     change = run.weights[1] - run.weights[0]
