@@ -76,7 +76,11 @@ def worker(processes: int, strategy: str) -> None:
             self.trainer.strategy.barrier()
             clock.started = time.perf_counter()
 
-    made = {"ddp": DDPStrategy, "fsdp2": ShardedStrategy}.get(strategy)
+    made = {
+        "auto": lambda: "auto",
+        "ddp": lambda: DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True),
+        "fsdp2": lambda: ShardedStrategy(process_group_backend="gloo"),
+    }
     module = Timed(
         PolicySpec(attn_implementation="grouped"),
         PrincipleEstimator("Be kind."),
@@ -85,7 +89,7 @@ def worker(processes: int, strategy: str) -> None:
     trainer = Trainer(
         accelerator="cpu",
         devices=processes,
-        strategy=made(process_group_backend="gloo") if made else "auto",
+        strategy=made[strategy](),
         precision=default_precision("cpu"),
         max_steps=STEPS + 1,
         logger=False,

@@ -119,6 +119,7 @@ class Recorder(Callback):
         self.objective = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.start = trainer.global_step
         self.weights.append(flat(trained(pl_module)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
@@ -129,7 +130,7 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         # Curves are logged in float32; this is the sum of what was differentiated, in full.
         self.objective += float(args[0]["loss"])
-        if len(self.losses) < trainer.global_step:
+        if len(self.losses) < trainer.global_step - self.start:
             curves = {k: float(v) for k, v in trainer.callback_metrics.items()}
             self.losses.append(curves["train/loss"])
             self.curves.append({k: v for k, v in curves.items() if k.startswith("train/")})

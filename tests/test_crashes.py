@@ -141,6 +141,20 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, tiny):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000  # not of this process
 
 
+def test_a_run_stopped_after_its_last_step_is_finished_by_the_next(tmp_path, tiny):
+    """Its last checkpoint is written before the last evaluation; nothing is left to train."""
+    config = str(configure(tmp_path, tiny))
+    assert main(["fit", "--config", config]) == 0
+    for file in (tmp_path / "runs").rglob("summary.json"):
+        file.unlink()
+    assert main(["fit", "--config", config, "--ckpt_path", "last"]) == 0
+    (summary,) = (tmp_path / "runs").rglob("summary.json")
+    found = json.loads(summary.read_text())
+    assert found["optimizer_steps"] == 2
+    assert found["after"]["entropy"] > 0
+    assert Path(found["policy"], "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_first(tmp_path, tiny, name):
     """In a SLURM job, after its warning, the job is queued again."""

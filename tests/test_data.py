@@ -14,7 +14,7 @@ from iqstar.data import HHRLHF, JSONL, BeaverTails, EvalBatches, RepeatedBatches
 from iqstar.data.hh_rlhf import parse_dialogue
 from iqstar.data.turns import make_prompt, split_key
 from iqstar.errors import InputError
-from iqstar.mdp import Message, Prompt
+from iqstar.mdp import Message, Prompt, PromptBatch
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 HH = DATA / "hh_rlhf" / "harmless-base_test_a.jsonl.gz"
@@ -455,3 +455,44 @@ def test_too_few_prompts_name_the_key(tmp_path):
         JSONL(path=path, subset="x").setup("fit")
     with pytest.raises(InputError, match=r"data\.limit: 0 is too small"):
         JSONL(path=path, limit=0).setup("fit")
+
+
+def resumed(taken: int, old: tuple[int, int], new: tuple[int, int]) -> PromptBatch:
+    """The first batch of a run that goes on with other processes: (batch size, processes)."""
+
+    def loader(batch_size: int, processes: int) -> RepeatedBatches:
+        def steps(prompts: int) -> int:
+            return -(-prompts // 4)  # micro-batches of 4
+
+        return RepeatedBatches(
+            [ask(str(i)) for i in range(32)],
+            batch_size,
+            steps,
+            shuffle=False,
+            world_size=processes,
+        )
+
+    first = loader(*old)
+    batches = iter(first)
+    for _ in range(taken):
+        next(batches)
+    second = loader(*new)
+    second.load_state_dict(first.state_dict())
+    return next(iter(second))
+
+
+@pytest.mark.parametrize(
+    ("taken", "old", "new", "start"),
+    [
+        (4, (8, 1), (4, 2), 16),  # two batches of two steps → two batches of one step
+        (3, (8, 1), (4, 2), 8),  # one and a half: the half is trained on again
+        (2, (4, 2), (8, 1), 16),
+        (1, (4, 1), (8, 1), 0),  # half of the new, larger batch
+        (3, (8, 1), (8, 1), 8),  # nothing changed: the second step of the second batch
+    ],
+)
+def test_an_epoch_goes_on_with_another_number_of_processes(taken, old, new, start):
+    """Rank 0 of n takes every n-th prompt: it starts with the first one not trained on."""
+    batch = resumed(taken, old, new)
+    assert batch.prompts[0].messages[0].content == str(start)
+    assert batch.step == (1 if old == new else 0)

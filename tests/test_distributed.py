@@ -13,12 +13,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
 import iqstar.sharding
-from fitting import LORA, LOSSES, ask, distance, fit, make_module, sgd
+from fitting import LORA, LOSSES, ask, attach, distance, fit, make_module, sgd
 from iqstar import InverseQStar
 from iqstar.credit import Whiten
 from iqstar.estimators import NullEstimator
 from iqstar.mdp import TokenCredits
 from iqstar.policy import CausalLM
+from iqstar.ranks import even_spans
 from iqstar.rollouts import DatasetRollout, GenerateRollout
 from iqstar.strategies import ShardedStrategy
 
@@ -206,6 +207,12 @@ def work(rank: int, folder: str, out: str) -> None:
     for mode, fit_in in {"once": True, "at every token": False}.items():
         iqstar.sharding._fit = lambda size, device, answer=fit_in: answer
         runs[f"gathered {mode}"] = sampled(folder, rank)
+    device = torch.device("cpu")
+    runs["spans"] = even_spans(3 - 2 * rank, 1, device)
+    runs["spans, some empty"] = even_spans(3 - 2 * rank, 1, device, empty=True)
+    actor = attach(make_module(folder)).policy.actor
+    one_by_one = GenerateRollout(max_new_tokens=2, batch_size=1)
+    runs["sampled one by one"] = len(one_by_one.sample(actor, PROMPTS[: 3 - 2 * rank], 1.0, 0))
     share = credits([[1.0, 2.0, 3.0, 10.0], [-4.0]][rank])
     runs["whiten"] = Whiten().apply(share, torch.arange(len(share))).credit
     torch.save(runs, Path(out, f"{rank}.pt"))
@@ -322,6 +329,16 @@ def test_sharded_ranks_sample_responses_of_different_lengths(paired):
         assert often["length"] == once["length"]
         for ours, theirs in zip(once["weights"], often["weights"], strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def test_ranks_with_fewer_rows_make_as_many_passes(paired):
+    """Three rows on the first rank, one on the second, one row at a time if possible."""
+    first, second = paired
+    assert first["spans"] == [(0, 3)]
+    assert second["spans"] == [(0, 1)]
+    assert first["spans, some empty"] == [(0, 1), (1, 2), (2, 3)]
+    assert second["spans, some empty"] == [(0, 0), (0, 0), (0, 1)]
+    assert (first["sampled one by one"], second["sampled one by one"]) == (3, 1)
 
 
 def test_frozen_shards_may_stay_in_main_memory(paired, whole):

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.tensor import DTensor
 
 from fitting import LORA, PROMPTS, SaveAt, ask, copied, fit, make_module, same_bits, trained
 from iqstar.checkpoints import AtomicCheckpointIO, is_sharded_checkpoint, read_checkpoint
 from iqstar.errors import InputError
 from iqstar.losses import TokenPolicyGradientLoss
 from iqstar.optim import WarmupCosine
+from iqstar.rollouts import GenerateRollout
 from iqstar.strategies import ShardedStrategy
 
 STEPS, STOP = 11, 6
@@ -57,7 +59,24 @@ def run(folder, lora=None, world=1, steps=STEPS, strategy=None, **options):
         "weights": copied(trained(module)),
         "losses": done.losses,
         "samples": module.progress.samples,
+        "held": held(module),
     }
+
+
+def held(module):
+    """Bytes that this process holds of trained weights, their gradients and their moments."""
+    weights = [p for p in module.actor.parameters() if p.requires_grad]
+    states = module.trainer.optimizers[0].state
+    kinds = {
+        "weights": weights,
+        "gradients": [p.grad for p in weights],
+        "moments": [states[p][name] for p in weights for name in ("exp_avg", "exp_avg_sq")],
+    }
+    return {kind: sum(local(t).nbytes for t in tensors) for kind, tensors in kinds.items()}
+
+
+def local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def both(folder, path, **options):
@@ -143,6 +162,14 @@ def test_all_ranks_end_with_the_same_weights(paired, kind):
         assert same_bits(first, second)
 
 
+@pytest.mark.parametrize("kind", POLICIES)
+def test_sharding_halves_weights_gradients_and_moments(paired, kind):
+    for rank in paired[1]:
+        whole = rank[kind, "ddp"]["straight"]["held"]
+        for what, size in rank[kind, "fsdp"]["straight"]["held"].items():
+            assert size == pytest.approx(whole[what] / 2, rel=0.1), what
+
+
 def test_checkpoints_are_of_the_kind_asked_for(paired):
     out, _ = paired
     assert is_sharded_checkpoint(out / "full, fsdp.ckpt")
@@ -206,3 +233,21 @@ def test_another_base_model_is_refused(tmp_path, alone):
     other = tiny_folder(tmp_path / "other", seed=1)
     with pytest.raises(InputError, match=r"other frozen weights \(reference: \w{12} there"):
         run(other, ckpt_path=alone[0] / "full.ckpt")
+
+
+def test_the_rest_of_an_epoch_is_trained_on_in_larger_batches(tiny, tmp_path):
+    """Four of eight prompts one by one, then the other four in one accumulated step."""
+
+    class Seen(GenerateRollout):
+        def roll_out(self, policy, prompts, temperature, seed):
+            seen.extend(p.messages[0].content for p in prompts)
+            return super().roll_out(policy, prompts, temperature, seed)
+
+    def train(steps, **options):
+        module = make_module(tiny, rollout=Seen(max_new_tokens=3), micro_batch_size=1)
+        fit(module, ASKED, max_steps=steps, plugins=[AtomicCheckpointIO()], **options)
+
+    seen, path = [], tmp_path / "a.ckpt"
+    train(4, batch_size=1, callbacks=[SaveAt(4, path)])
+    train(5, batch_size=4, accumulate_grad_batches=4, ckpt_path=path)
+    assert seen == [prompt.messages[0].content for prompt in ASKED]

@@ -127,7 +127,7 @@ def remove(path: Path) -> None:
 
 def is_sharded_checkpoint(path: Path) -> bool:
     """Whether this is the folder of a sharded checkpoint."""
-    return path.is_dir() and (path / META).is_file() and (path / ".metadata").is_file()
+    return path.is_dir() and zipfile.is_zipfile(path / META) and (path / ".metadata").is_file()
 
 
 def is_complete(path: Path) -> bool:
@@ -167,12 +167,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=_written, default=None)
 
 
-def read_checkpoint(path: Path, key: str = "--ckpt_path") -> dict[str, Any]:
+def read_checkpoint(path: Path, key: str = "--ckpt_path", optimizer: bool = True) -> dict[str, Any]:
     """Reads a checkpoint, whole, into main memory.
 
     Args:
         path: A file, or the folder of a sharded checkpoint.
         key: What the user gave it with, for messages.
+        optimizer: Whether to read the optimiser's states; of a single file nothing is read before
+            it is used.
 
     Returns:
         What Lightning keeps in one file: ``state_dict``, ``optimizer_states``, ``iqstar``, …
@@ -183,7 +185,7 @@ def read_checkpoint(path: Path, key: str = "--ckpt_path") -> dict[str, Any]:
     check_complete(path, key)
     try:
         if path.is_dir():
-            return _assembled(path)
+            return _assembled(path, optimizer)
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -195,7 +197,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return dict(torch.load(folder / META, map_location="cpu", weights_only=True))
 
 
-def _assembled(folder: Path) -> dict[str, Any]:
+def _assembled(folder: Path, optimizer: bool) -> dict[str, Any]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -204,7 +206,7 @@ def _assembled(folder: Path) -> dict[str, Any]:
     _load_state_dict(
         parts,
         storage_reader=FileSystemReader(folder),
-        planner=_EmptyStateDictLoadPlanner(),
+        planner=_EmptyStateDictLoadPlanner(keys=None if optimizer else {"state_dict"}),
         no_dist=True,
     )
     optimizers = [parts[key] for key in sorted(parts) if key.startswith("optimizer_")]
@@ -251,6 +253,12 @@ def _written(path: Path) -> float:
 
 def _existing(path: Path) -> Path:
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def sync_file(path: Path) -> None:
+    """Makes a file's content survive a power failure."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -70,10 +70,10 @@ class Export(Callback):
             if self._beside.get(newest) != step:
                 self._export(trainer, pl_module, _beside(newest))
                 self._beside[newest] = step
-        if trainer.is_global_zero:
-            for checkpoint in [c for c in self._beside if not c.exists()]:
-                del self._beside[checkpoint]
-                remove(_beside(checkpoint))
+        if trainer.is_global_zero:  # the record stays, so that it is the same on all ranks
+            for checkpoint in self._beside:
+                if not checkpoint.exists():
+                    remove(_beside(checkpoint))
 
     def _export(self, trainer: Trainer, module: LightningModule, folder: Path) -> None:
         assert isinstance(module, InverseQStar)

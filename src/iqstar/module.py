@@ -37,14 +37,17 @@ from iqstar.optim import (
     default_optimizer,
     parameter_groups,
 )
-from iqstar.policy import CausalLM, Policy, PolicySpec
+from iqstar.policy import Policy, PolicySpec
 from iqstar.ranks import gather, global_sum
 from iqstar.resume import (
     check_same_frozen,
+    count_batches_as_the_loader,
+    frozen_fingerprints,
     random_state,
     rollout_from,
     rollout_state,
     set_random_state,
+    warn_inside_window,
     with_behaviour,
 )
 from iqstar.rollouts import GenerateRollout, RolloutEngine, rollout_seed
@@ -150,6 +153,7 @@ class InverseQStar(LightningModule):
         self._resumed: dict[str, Any] | None = None
         self._saved_rollout: dict[str, Any] | None = None
         self._window_weight = torch.zeros(())
+        self._grad_norm = torch.zeros(())
         self._val_samples: list[Sample] = []
 
     def _check_combination(self) -> None:
@@ -321,7 +325,7 @@ class InverseQStar(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the curves of the accumulation window; the gradient norm is that before clipping."""
         grads = [p.grad for p in self.actor.parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(grads))
+        norm = self._grad_norm = whole(torch.nn.utils.get_total_norm(grads))
         if not torch.isfinite(norm):
             raise self._non_finite("gradient norm")
         means = self.train_means.compute()
@@ -339,12 +343,29 @@ class InverseQStar(LightningModule):
         self.log("loss", means["loss"].float(), prog_bar=True, logger=False)
         self.log("kl", means["kl"].float(), prog_bar=True, logger=False)
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the norm that was just logged; Lightning would take it once more."""
+        if gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.actor.parameters(), float(gradient_clip_val), self._grad_norm
+            )
+
     def on_train_start(self) -> None:
         """Starts the clock of the throughput curve; a resumed rank goes on where it stopped."""
         if self._resumed is not None:
             set_random_state(self._resumed["random"])
             self._saved_rollout = self._resumed["rollout"]
             self._resumed = None
+        count_batches_as_the_loader(self.trainer)
         self.progress.clock = time.perf_counter()
 
     # -- evaluation --------------------------------------------------------------------------
@@ -410,6 +431,7 @@ class InverseQStar(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what has been done and measured so far, and what each rank needs to go on."""
+        warn_inside_window(self.trainer)
         batch = self._batch
         inside = batch is not None and batch.step + 1 < batch.steps
         rank = {
@@ -419,7 +441,7 @@ class InverseQStar(LightningModule):
         checkpoint["iqstar"] = {
             "progress": asdict(self.progress),
             "evaluations": [asdict(e) for e in self.evaluations],
-            "frozen": self._frozen_fingerprints(),
+            "frozen": frozen_fingerprints(self.policy, self.estimator),
             "precision": str(self.trainer.precision),
             "recipe": self.recipe,
             "command": self.command,
@@ -436,7 +458,7 @@ class InverseQStar(LightningModule):
             )
         if (saved := checkpoint.get("iqstar")) is None:
             return
-        check_same_frozen(saved["frozen"], self._frozen_fingerprints())
+        check_same_frozen(saved["frozen"], frozen_fingerprints(self.policy, self.estimator))
         if saved["precision"] != str(self.trainer.precision):
             rank_zero_warn(
                 f"The checkpoint was trained with trainer.precision={saved['precision']}, this run "
@@ -449,16 +471,6 @@ class InverseQStar(LightningModule):
         ]
         if len(saved["ranks"]) == self.trainer.world_size:
             self._resumed = saved["ranks"][self.global_rank]
-
-    def _frozen_fingerprints(self) -> dict[str, str]:
-        """Identity of the weights that checkpoints leave out, by their role."""
-        assert self.policy is not None
-        own = {
-            f"estimator.{name}": part.fingerprint
-            for name, part in self.estimator.named_modules()
-            if isinstance(part, CausalLM)
-        }
-        return {"reference": self.policy.actor.fingerprint} | own
 
     # -- small helpers -----------------------------------------------------------------------
 

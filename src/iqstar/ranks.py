@@ -53,16 +53,22 @@ def _reduced(value: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tensor
     return total
 
 
-def even_spans(total: int, size: int, device: torch.device) -> list[tuple[int, int]]:
-    """Start and stop of spans of at most ``size`` items, of about equal length.
+def even_spans(
+    total: int, size: int, device: torch.device, empty: bool = False
+) -> list[tuple[int, int]]:
+    """Start and stop of spans of about equal length, at most ``size`` if possible.
 
     Every rank gets equally many, so that each makes as many forward passes as the others, which
-    sharded models need. A rank must not have so few items that a span of it were empty.
+    sharded models need.
 
     Args:
         total: This rank's number of items, at least 1.
         size: Largest length of a span.
         device: Of the run.
+        empty: Whether a rank with few items may get empty spans; otherwise those of the others
+            may become longer than ``size``.
     """
     parts = global_max(-(-total // size), device)
+    if not empty:
+        parts = min(parts, -global_max(-total, device))
     return list(pairwise(total * k // parts for k in range(parts + 1)))

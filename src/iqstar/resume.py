@@ -14,11 +14,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from lightning import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 
 from iqstar.assignment import MicroBatch
 from iqstar.errors import InputError
 from iqstar.mdp import Message, Prompt, Rollout, make_rollout
+from iqstar.policy import CausalLM, Policy
+
+
+def frozen_fingerprints(policy: Policy | None, estimator: nn.Module) -> dict[str, str]:
+    """Identity of the weights that checkpoints leave out, by their role."""
+    assert policy is not None
+    own = {
+        f"estimator.{name}": part.fingerprint
+        for name, part in estimator.named_modules()
+        if isinstance(part, CausalLM)
+    }
+    return {"reference": policy.actor.fingerprint} | own
 
 
 def check_same_frozen(saved: dict[str, str], here: dict[str, str]) -> None:
@@ -39,6 +53,27 @@ def check_same_frozen(saved: dict[str, str], here: dict[str, str]) -> None:
                 f"{then} there, {now} here); give the same model.policy.model and "
                 "model.estimator, or a checkpoint of these"
             )
+
+
+def count_batches_as_the_loader(trainer: Trainer) -> None:
+    """Sets the trainer's count of batches in an epoch to where a resumed loader goes on.
+
+    With another number of processes the same prompts are another number of batches.
+    """
+    position = getattr(trainer.train_dataloader, "position", None)
+    now: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    if position is not None and now.ready != position:
+        now.ready = now.started = now.processed = now.completed = position
+
+
+def warn_inside_window(trainer: Trainer) -> None:
+    """Says that a checkpoint that is saved now is not one to go on from exactly."""
+    if trainer.fit_loop.epoch_loop._should_accumulate():
+        rank_zero_warn(
+            "This checkpoint is saved inside an accumulation window, whose gradient is not in it: "
+            "a run that goes on from it does so with the rest of the window only. Save at "
+            "optimiser steps, with checkpoint.every_n_train_steps"
+        )
 
 
 def random_state() -> dict[str, Any]:
@@ -81,7 +116,7 @@ def rollout_state(micro_batches: Sequence[MicroBatch], seed: int) -> dict[str, A
             for row, mask in zip(part.response_ids, part.response_mask, strict=True)
         ],
         "truncated": [bool(cut) for part in parts for cut in part.truncated],
-        "behaviour": [micro.tokens.behaviour for micro in micro_batches],
+        "behaviour": [_own(micro.tokens.behaviour) for micro in micro_batches],
     }
 
 
@@ -100,6 +135,11 @@ def with_behaviour(
         replace(micro, tokens=replace(micro.tokens, behaviour=_like(saved, micro)))
         for micro, saved in zip(micro_batches, behaviour, strict=True)
     ]
+
+
+def _own(values: Tensor | None) -> Tensor | None:
+    """A copy in main memory, without the storage of the rest of the rollout."""
+    return None if values is None else values.detach().cpu().clone()
 
 
 def _like(saved: Tensor | None, micro: MicroBatch) -> Tensor | None:

@@ -126,8 +126,10 @@ class GenerateRollout(RolloutEngine):
             top_k=self.top_k,
             top_p=self.top_p,
         )
-        for start, stop in even_spans(len(rows), self.batch_size or len(rows), device):
-            for row, cut in self._generate(model, rows[start:stop], sampler):
+        for start, stop in even_spans(len(rows), self.batch_size or len(rows), device, empty=True):
+            # A rank without rows takes part in vain, for the sake of sharded models.
+            made = self._generate(model, rows[start:stop] or rows[:1], sampler)
+            for row, cut in made if stop > start else ():
                 ids.append(row)
                 truncated.append(cut)
         return make_rollout(rows, ids, truncated, model.chat.pad_id).to(device)

@@ -26,11 +26,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from iqstar.checkpoints import (
+    META,
     check_complete,
     named,
     numbered,
     read_checkpoint,
     read_meta,
+    sync_file,
     whole_or_nothing,
 )
 from iqstar.errors import InputError
@@ -117,6 +119,8 @@ class ShardedStrategy(ModelParallelStrategy):
         with whole_or_nothing(path, writes=self.is_global_zero) as part:
             self.barrier()  # a left-over of an earlier attempt is gone
             super().save_checkpoint(checkpoint, part, storage_options)
+            if self.is_global_zero:
+                sync_file(part / META)
             self.barrier()
         self.barrier()
 

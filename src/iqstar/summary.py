@@ -43,6 +43,7 @@ class RunSummary(Callback):
 
     def __init__(self, examples: int = 3) -> None:
         self.examples = examples
+        self.finished = False
         self._started = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,6 +60,7 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes and prints the summary."""
         assert isinstance(pl_module, InverseQStar)
+        self.finished = True
         folder = run_folder(trainer)
         if not trainer.is_global_zero:
             return

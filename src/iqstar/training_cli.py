@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
@@ -29,6 +31,7 @@ from iqstar.errors import InputError, NonFiniteLossError
 from iqstar.export_callback import Export
 from iqstar.module import InverseQStar
 from iqstar.preemption import Preemption
+from iqstar.progress import ProgressBar, WeightsLine
 from iqstar.settings import CONFIG_FLAGS, Explainer, Setting, read_settings
 from iqstar.strategies import NAMES as SHARDED
 from iqstar.strategies import ShardedStrategy
@@ -132,33 +135,6 @@ def asked_for_validation(config: Mapping[str, Any]) -> bool:
     return config.get("val_check_interval") is not None or config["check_val_every_n_epoch"] != 1
 
 
-class WeightsLine(Callback):
-    """Says how many weights are trained, in place of Lightning's table of modules."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says it once, when the models are loaded."""
-        assert isinstance(pl_module, InverseQStar)
-        assert pl_module.policy is not None
-        trained, total = pl_module.policy.trainable()
-        rank_zero_info(
-            "Training %s of %s weights (%.1f%%), %s",
-            *(f"{trained:,}", f"{total:,}", 100 * trained / total, trainer.precision),
-        )
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's Rich progress bar, in optimiser steps rather than endless epochs."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return f"{'Training':{len(self.validation_description)}}"
-
-    def get_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loss and KL, without the run's version number."""
-        metrics: dict[str, Any] = super().get_metrics(*args, **kwargs)
-        metrics.pop("v_num", None)
-        return metrics
-
-
 class IQStarCLI(LightningCLI):
     """Lightning's CLI with this project's defaults.
 
@@ -213,6 +189,22 @@ class IQStarCLI(LightningCLI):
             rank_zero_info("Going on from %s", found)
         return found
 
+    def after_fit(self) -> None:
+        """Finishes a run that was stopped between its last step and its end.
+
+        Lightning has nothing left to train then, and does nothing at all.
+        """
+        trainer, module = self.trainer, self.model
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        ends = [c for c in callbacks if isinstance(c, Export | RunSummary)]
+        done = all(c.finished for c in ends if isinstance(c, RunSummary))
+        if done or not 0 < trainer.max_steps <= trainer.global_step:
+            return
+        if all(e.step != trainer.global_step for e in module.evaluations):
+            trainer.validate(module, datamodule=self.datamodule, verbose=False)
+        for callback in ends:
+            callback.on_train_end(trainer, module)
+
     def instantiate_classes(self) -> None:
         """Builds everything, and hands the module its settings as a record for checkpoints."""
         super().instantiate_classes()
@@ -229,10 +221,15 @@ class IQStarCLI(LightningCLI):
             config["strategy"] = ShardedStrategy()
         if isinstance(config["strategy"], ShardedStrategy):
             config["inference_mode"] = False  # its tensors cannot be trained on later
+        if config["strategy"] == "ddp":  # gradients are the buckets, not a copy of them
+            config["strategy"] = DDPStrategy(gradient_as_bucket_view=True)
         plugins = config["plugins"] or []
         own = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in own):
-            config["plugins"] = [*own, AtomicCheckpointIO()]
+            own = [*own, AtomicCheckpointIO()]
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+            own = [*own, SLURMEnvironment(auto_requeue=False)]  # see iqstar.preemption
+        config["plugins"] = own
         if config["precision"] == "16-mixed":
             raise InputError(
                 "trainer.precision: 16-mixed is not supported, because its loss scaling expects "

@@ -216,7 +216,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    checkpoint = read_checkpoint(path, "--ckpt")
+    checkpoint = read_checkpoint(path, "--ckpt", optimizer=False)
     if not any(name.startswith(PREFIX) for name in checkpoint.get("state_dict", {})):
         raise InputError(
             f"--ckpt: {path} holds no weights of a policy; give a .ckpt that iqstar fit saved"

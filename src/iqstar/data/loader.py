@@ -55,6 +55,7 @@ class RepeatedBatches:
         self._spans = list(pairwise([0, *accumulate(sizes)]))
         self._share = batch_size * world_size
         self._steps = [steps(size) for size in sizes]
+        self._shape = [self._share, world_size, *self._steps[:1]]
         self._epoch = 0
         self._yielded = 0
         self._resumed = False
@@ -72,6 +73,11 @@ class RepeatedBatches:
         """Moves on to a later epoch; asking for the current or an earlier one does nothing."""
         if epoch > self._epoch:
             self._epoch, self._yielded, self._resumed = epoch, 0, False
+
+    @property
+    def position(self) -> int:
+        """Training steps of this epoch that were yielded, or that a resumed run leaves out."""
+        return self._yielded
 
     def __iter__(self) -> Iterator[PromptBatch]:
         # Without a trainer that counts them, every further iteration is the next epoch.
@@ -102,16 +108,17 @@ class RepeatedBatches:
             "epoch": self._epoch,
             "yielded": self._yielded,
             "finished": done * self._share,
-            "share": self._share,
+            "shape": self._shape,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The next iteration goes on from the saved position.
 
-        With another number of ranks or another batch size, from the last batch that was finished.
+        With another number of ranks or another batch size, after the last batch that was
+        finished.
         """
         self._epoch, self._yielded = state_dict["epoch"], state_dict["yielded"]
-        if state_dict["share"] != self._share:
+        if state_dict["shape"] != self._shape:
             self._yielded = sum(self._steps[: state_dict["finished"] // self._share])
         self._resumed = True
 
