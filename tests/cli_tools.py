@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +108,22 @@ def error_of(capsys: Any, *argv: str, code: int = 2) -> str:
     assert "Traceback" not in out + err
     assert err.rstrip().splitlines()[-1] == lines[0]
     return lines[0].removeprefix("iqstar: error: ")
+
+
+def launch(*command: str, **environment: str) -> subprocess.Popen:
+    """Starts a command of its own, as a user would."""
+    ours = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "PL_"))}
+    env = {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **environment}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str]:
+    """Exit code and output of a process."""
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output

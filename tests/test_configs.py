@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cli_tools import write_prompts
+from cli_tools import end, launch, write_prompts
 from iqstar.chat import ChatFormat
 from iqstar.cli import main
 from iqstar.export_callback import Export
@@ -184,6 +184,23 @@ def test_groups_combine(file):
     module = parser.instantiate(parser.parse_object({"model": base})).model
     part = getattr(module, key)
     assert f"{type(part).__module__}.{type(part).__name__}" == given["class_path"]
+
+
+@pytest.mark.parametrize("file", GROUPS, ids=names(GROUPS))
+def test_groups_train(file, tmp_path, tiny):
+    argv = arguments(EXPERIMENTS[0], tmp_path, tiny)
+    assert main(["fit", *argv, f"--model.{file.parent.name}", str(file)]) == 0
+    assert summary_of(tmp_path)["optimizer_steps"] == 2
+
+
+@pytest.mark.parametrize("file", STRATEGIES, ids=names(STRATEGIES))
+def test_strategies_train(file, tmp_path, tiny):
+    """On two processes of their own, but for the one that is of one device."""
+    argv = [*arguments(EXPERIMENTS[0], tmp_path, tiny), "--config", str(file)]
+    count = "1" if yaml.safe_load(file.read_text())["trainer"]["devices"] == 1 else "2"
+    code, output = end(launch("-m", "iqstar.cli", "fit", *argv, "--trainer.devices", count))
+    assert code == 0, output
+    assert summary_of(tmp_path)["optimizer_steps"] == 2
 
 
 @pytest.mark.parametrize("file", STRATEGIES, ids=names(STRATEGIES))

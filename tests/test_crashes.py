@@ -5,15 +5,13 @@ import os
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from cli_tools import changed, error_of, tiny_config, write_config
+from cli_tools import changed, end, error_of, launch, tiny_config, write_config
 from iqstar.checkpoints import (
     is_complete,
     newest_checkpoint,
@@ -34,25 +32,6 @@ def configure(folder: Path, model: Path, **settings) -> Path:
     for key, value in settings.items():
         config = changed(config, key.replace("__", "."), value)
     return write_config(folder, config)
-
-
-def launch(*command: str, **environment: str) -> subprocess.Popen:
-    """Starts a command of its own, as a user would."""
-    ours = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "PL_"))}
-    env = {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), **environment}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def end(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str]:
-    """Exit code and output of a process."""
-    output, _ = process.communicate(timeout=timeout)
-    return process.returncode, output
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
