@@ -1,7 +1,5 @@
 """The bundled model on one and two processes: one gradient, one export, small checkpoints."""
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +7,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoModelForCausalLM
 
-from fitting import SaveAt, ask, contrast, distance, fit, make_module, sgd
+from fitting import SaveAt, ask, contrast, distance, fit, join, make_module, sgd
 from iqstar import LoRASpec
 from iqstar.checkpoints import AtomicCheckpointIO
 from iqstar.export_callback import Export
@@ -66,11 +64,7 @@ def logits(policy):
 def work(rank: int, out: str) -> None:
     """One of two processes."""
     torch.set_num_threads(1)
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2")
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = f"file://{out}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    join(rank, out)
     runs = {name: gradient(cut) for name, cut in CUTS.items() if "devices" in cut}
     module = make_module("bundled", contrast(1.0))
     fit(

@@ -3,8 +3,6 @@
 Two gloo processes are started once; they make all two-process runs and leave them in files.
 """
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
 import iqstar.sharding
-from fitting import LORA, LOSSES, ask, attach, distance, fit, make_module, sgd
+from fitting import LORA, LOSSES, ask, attach, distance, fit, join, make_module, sgd
 from iqstar import InverseQStar
 from iqstar.credit import Whiten
 from iqstar.estimators import NullEstimator
@@ -193,11 +191,7 @@ def credits(values):
 
 def work(rank: int, folder: str, out: str) -> None:
     """One of two processes: all runs, and whitening of unequal shares."""
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2")
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = f"file://{out}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    join(rank, out)
     runs = {}
     for name, run in RUNS.items():
         run = dict(run)

@@ -5,8 +5,6 @@ Two gloo processes are started once; they make all runs and leave them in files.
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fitting import LORA, fit, make_module
+from fitting import LORA, fit, join, make_module
 from iqstar.checkpoints import AtomicCheckpointIO, is_sharded_checkpoint, read_checkpoint
 from iqstar.cli import main
 from iqstar.export_callback import Export
@@ -35,11 +33,7 @@ RUNS = [(kind, name) for kind in POLICIES for name in STRATEGIES]
 
 def work(rank: int, model: str, out: str) -> None:
     """One of two processes."""
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2")
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = f"file://{out}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    join(rank, out)
     for kind, name in RUNS:
         torch.manual_seed(0)  # adapters start at random
         folder = Path(out, kind, name)

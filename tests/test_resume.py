@@ -5,8 +5,6 @@ four optimiser steps (two micro-batches, twice over) and an epoch eight, so step
 of the second rollout.
 """
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
-from fitting import LORA, PROMPTS, SaveAt, ask, copied, fit, make_module, same_bits, trained
+from fitting import LORA, PROMPTS, SaveAt, ask, copied, fit, join, make_module, same_bits, trained
 from iqstar.checkpoints import AtomicCheckpointIO, is_sharded_checkpoint, read_checkpoint
 from iqstar.errors import InputError
 from iqstar.losses import TokenPolicyGradientLoss
@@ -94,11 +92,7 @@ def check_same(pair):
 
 def work(rank: int, folder: str, alone: str, out: str) -> None:
     """One of two processes: every strategy, full and with adapters, and checkpoints of others."""
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2")
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = f"file://{out}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    join(rank, out)
     runs = {}
     for kind, lora in POLICIES.items():
         for name in STRATEGIES:
