@@ -9,7 +9,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
     {"errors", "chatter"},
-    {"mdp", "ranks", "fingerprint", "checkpoints", "adapters"},
+    {"mdp", "ranks", "fingerprint", "atomic", "adapters"},
+    {"checkpoints"},
     {"sharding"},
     {"logprobs"},
     {"head"},

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from iqstar.atomic import PART, remove, written_beside
 from iqstar.errors import InputError
 
 META = "meta.pt"
-PART = ".part"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -72,17 +72,10 @@ def whole_or_nothing(path: Path, writes: bool = True) -> Iterator[Path]:
     Raises:
         InputError: If writing or renaming fails; ``path`` is then as it was.
     """
-    part = path.with_name(path.name + PART)
     try:
-        if writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            remove(part)
-        yield part
-        if writes:
-            publish(part, path)
+        with written_beside(path, writes) as part:
+            yield part
     except Exception as error:
-        if writes:
-            remove(part)
         if reason := _write_failure(error):
             free = shutil.disk_usage(_existing(path)).free / 2**20
             raise InputError(
@@ -102,27 +95,6 @@ def _write_failure(error: BaseException) -> str | None:
         return "the disk is full or cannot be written"
     found = re.search(r"OSError: \[Errno \d+\] ([^:\n]+)", text)  # another rank's
     return found[1] if found else None
-
-
-def publish(part: Path, path: Path) -> None:
-    """Gives a complete checkpoint its final name, in place of what had it before."""
-    if path.is_dir() and not path.is_symlink():
-        old = path.with_name(path.name + ".old" + PART)
-        remove(old)
-        path.rename(old)
-        part.rename(path)
-        remove(old)
-    else:
-        os.replace(part, path)
-    _sync_folder(path.parent)
-
-
-def remove(path: Path) -> None:
-    """Removes a file, a link or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
@@ -253,18 +225,3 @@ def _written(path: Path) -> float:
 
 def _existing(path: Path) -> Path:
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-
-
-def sync_file(path: Path) -> None:
-    """Makes a file's content survive a power failure."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from iqstar.atomic import sync_file, written_beside
 from iqstar.chat import ChatFormat
-from iqstar.checkpoints import PART, publish, remove
 from iqstar.errors import InputError
 from iqstar.policy import Policy, PolicySpec
 from iqstar.pretrained import quiet_transformers, resolve_model
@@ -122,16 +121,13 @@ def _untie(weights: dict[str, Tensor], tied: Mapping[str, str]) -> None:
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside another, which takes its place at the end."""
-    part = folder.with_name(folder.name + PART)
     try:
-        remove(part)
-        part.mkdir(parents=True)
-        yield part
-        for file in (f for f in part.rglob("*") if f.is_file()):
-            file.chmod(part.stat().st_mode & 0o666)  # safetensors' are private
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        publish(part, folder)
+        with written_beside(folder) as part:
+            part.mkdir()
+            yield part
+            for file in (f for f in part.rglob("*") if f.is_file()):
+                file.chmod(part.stat().st_mode & 0o666)  # safetensors' are private
+                sync_file(file)
     except Exception as error:
         reason = _write_failure(error)
         if reason is None:
@@ -140,9 +136,6 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
             f"export: cannot write {folder} ({reason}); nothing of it was left behind. Make room "
             "there or choose another place; iqstar export makes the folder of any checkpoint"
         ) from error
-    finally:
-        with suppress(OSError):
-            remove(part)
 
 
 def _write_failure(error: Exception) -> str | None:

@@ -9,9 +9,9 @@ import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from iqstar.atomic import remove
 from iqstar.callbacks import run_folder
 from iqstar.card import RunRecord, model_card, settings_of
-from iqstar.checkpoints import remove
 from iqstar.export import SHARD_SIZE, Dtype, check_shard_size, export_policy
 from iqstar.module import InverseQStar
 from iqstar.sharding import full_state_dict, is_sharded

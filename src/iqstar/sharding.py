@@ -41,11 +41,7 @@ def transformer_blocks(model: nn.Module) -> list[nn.Module]:
             f"trainer.strategy: {type(model).__name__} has no list of transformer blocks to shard; "
             "use ddp for this model"
         )
-    return [*max(lists, key=_size)]
-
-
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return [*max(lists, key=_bytes)]
 
 
 def shard(
@@ -87,7 +83,7 @@ def shard(
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    return sum(p.nbytes for p in module.parameters())
 
 
 def _trained_matrices(block: nn.Module) -> list[nn.Module]:

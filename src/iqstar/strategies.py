@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from iqstar.atomic import sync_file
 from iqstar.checkpoints import (
     META,
     check_complete,
@@ -32,7 +33,6 @@ from iqstar.checkpoints import (
     numbered,
     read_checkpoint,
     read_meta,
-    sync_file,
     whole_or_nothing,
 )
 from iqstar.errors import InputError

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
+from iqstar.atomic import written_beside
 from iqstar.callbacks import run_folder
 from iqstar.evaluation import Evaluation
 from iqstar.export_callback import FOLDER, Export
@@ -177,6 +178,6 @@ def _escaped(text: str) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file in one go, so that a reader never sees half of it."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    with written_beside(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
