@@ -18,7 +18,7 @@ LAYERS = [
     {"losses", "credit", "chat", "metrics", "judges", "optim", "pretrained"}
     | {"attention", "sampling", "settings"},
     {"policy"},
-    {"loading"},
+    {"loading", "engine"},
     {"scoring", "rollouts", "estimators", "strategies"},
     {"assignment", "evaluation", "card", "export"},
     {"curves", "resume"},

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from iqstar.chat import ChatFormat
 from iqstar.credit import CreditTransform
-from iqstar.distributions import TokenDistributions
+from iqstar.distributions import TokenDistributions, Unknown
 from iqstar.estimators import OptimalPolicyEstimator
 from iqstar.mdp import Rollout, TokenCredits, TokenSequences
 from iqstar.policy import Policy
@@ -46,6 +45,7 @@ def assign_credit(
     micro_batch_size: int,
     needs_behaviour: bool,
     seed: int,
+    known: TokenCredits | None = None,
 ) -> list[MicroBatch]:
     """Scores a rollout under the frozen models and assigns A*/β = log π̂* − log π_ref (4).
 
@@ -58,28 +58,18 @@ def assign_credit(
         micro_batch_size: Rows that are trained on together; they are scored together too.
         needs_behaviour: Whether to score the policy itself, at the rollout's weights.
         seed: For estimators that draw at random.
+        known: Credits that were computed before: no frozen model is asked for anything then.
     """
     device = rollout.response_ids.device
     spans = even_spans(len(rollout), micro_batch_size, device)
     rows = [rollout.rows(start, stop) for start, stop in spans]
     scorer = RolloutScorer(policy, rows, temperature)
-    reference = scorer.reference()
-    target = estimator.estimate(scorer, reference, seed)
-
-    # Window by window, because the policy's own scoring will cut its chunks at the same places.
-    bounds = list(accumulate((len(s.predictors) for s in scorer.sequences), initial=0))
-    log_ref, log_opt = [], []
-    for row, (start, stop) in zip(rows, pairwise(bounds), strict=True):
-        log_ref.append(reference.window(start, stop).at(row.actions))
-        same = target is reference
-        log_opt.append(log_ref[-1] if same else target.window(start, stop).at(row.actions))
-    tokens = TokenCredits(
-        actions=torch.cat([row.actions for row in rows]),
-        reference=torch.cat(log_ref),
-        credit=torch.cat(log_opt) - torch.cat(log_ref),
-        weight=torch.ones_like(torch.cat(log_ref)),
-        behaviour=scorer.behaviour() if needs_behaviour else None,
-    )
+    if known is None:
+        tokens, target = _score(scorer, estimator, seed)
+    else:
+        tokens, target = known, Unknown(len(known))
+    if needs_behaviour:
+        tokens = replace(tokens, behaviour=scorer.behaviour())
     positions = torch.cat([token_positions(row) for row in rows])
     for transform in transforms:
         tokens = transform.apply(tokens, positions)
@@ -90,10 +80,29 @@ def assign_credit(
             tokens=tokens[start:stop],
             target=target.window(start, stop),
         )
-        for row, sequences, (start, stop) in zip(
-            rows, scorer.sequences, pairwise(bounds), strict=True
-        )
+        for row, sequences, (start, stop) in zip(rows, scorer.sequences, scorer.spans, strict=True)
     ]
+
+
+def _score(
+    scorer: RolloutScorer, estimator: OptimalPolicyEstimator, seed: int
+) -> tuple[TokenCredits, TokenDistributions]:
+    """Credit of every response token of a rollout, and π̂* itself."""
+    reference = scorer.reference()
+    target = estimator.estimate(scorer, reference, seed)
+    # Window by window, because the policy's own scoring will cut its chunks at the same places.
+    log_ref, log_opt = [], []
+    for row, (start, stop) in zip(scorer.micro_batches, scorer.spans, strict=True):
+        log_ref.append(reference.window(start, stop).at(row.actions))
+        same = target is reference
+        log_opt.append(log_ref[-1] if same else target.window(start, stop).at(row.actions))
+    tokens = TokenCredits(
+        actions=torch.cat([row.actions for row in scorer.micro_batches]),
+        reference=torch.cat(log_ref),
+        credit=torch.cat(log_opt) - torch.cat(log_ref),
+        weight=torch.ones_like(torch.cat(log_ref)),
+    )
+    return tokens, target
 
 
 def credit_rows(policy: Policy, micro: MicroBatch, beta: float, temperature: float) -> list[dict]:

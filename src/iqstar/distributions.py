@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from iqstar.errors import InputError
 from iqstar.head import LanguageHead, chunks
 from iqstar.logprobs import token_logprobs
 
@@ -113,3 +114,28 @@ class LogLinear(TokenDistributions):
         for weight, term in self.terms[1:]:
             total.add_(term.logprobs(index), alpha=weight)
         return total.log_softmax(dim=-1)
+
+
+class Unknown(TokenDistributions):
+    """Where credits were read from a file, which has no distributions.
+
+    Args:
+        tokens: Number of response tokens.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def logprobs(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
+        """Raises.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "model.loss: it asks for distributions over the vocabulary, but model.rollout has the "
+            "credits of its responses' own tokens only; use RewardImitationLoss, or DatasetRollout"
+        )

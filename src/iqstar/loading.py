@@ -18,7 +18,9 @@ from iqstar.policy import AUTOCAST, CausalLM, Policy, PolicySpec
 from iqstar.pretrained import load_model
 
 
-def load_policy(spec: PolicySpec, chat: ChatFormat, precision: str = "32-true") -> Policy:
+def load_policy(
+    spec: PolicySpec, chat: ChatFormat, precision: str = "32-true", reference: bool = True
+) -> Policy:
     """Loads the policy, and freezes its reference.
 
     Args:
@@ -26,14 +28,27 @@ def load_policy(spec: PolicySpec, chat: ChatFormat, precision: str = "32-true") 
         chat: The tokenizer's chat format, from :meth:`PolicySpec.chat`.
         precision: The trainer's; under autocast the matrices of frozen weights are held in its
             dtype, which changes no bit of any product and halves their memory.
+        reference: Whether to keep a frozen copy; with adapters there is none anyway.
 
     Raises:
         InputError: If the model cannot be loaded, or its output head is not understood.
     """
-    return make_policy(load_whole(spec, chat), spec, precision)
+    return make_policy(load_whole(spec, chat), spec, precision, reference)
 
 
-def make_policy(actor: CausalLM, spec: PolicySpec, precision: str = "32-true") -> Policy:
+def load_reference(spec: PolicySpec, chat: ChatFormat, precision: str = "32-true") -> Policy:
+    """The policy before any training, for what needs nothing but its reference.
+
+    Arguments as :func:`load_policy`. With adapters or without, the reference is the same model.
+    """
+    model = load_whole(spec, chat)
+    _freeze(model, precision)
+    return Policy(actor=model, frozen=model, spec=spec)
+
+
+def make_policy(
+    actor: CausalLM, spec: PolicySpec, precision: str = "32-true", reference: bool = True
+) -> Policy:
     """The policy and its frozen reference, from a model that is loaded; arguments as above.
 
     It computes nothing, so the weights may be on the meta device.
@@ -44,8 +59,9 @@ def make_policy(actor: CausalLM, spec: PolicySpec, precision: str = "32-true") -
         actor.model = with_adapters(actor.model, spec.lora)
         frozen = None
     else:
-        frozen = copy.deepcopy(actor)
-        _freeze(frozen, precision)
+        frozen = copy.deepcopy(actor) if reference else None
+        if frozen is not None:
+            _freeze(frozen, precision)
         actor.requires_grad_(True)
     if spec.gradient_checkpointing:
         actor.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -192,10 +192,11 @@ class InverseQStar(LightningModule):
         if self.policy is not None:
             return
         precision = str(self.trainer.precision)
-        self.policy = load_policy(self.spec, self.chat, precision)
+        needed = self.rollout.needs_reference(self.trainer)
+        self.policy = load_policy(self.spec, self.chat, precision, reference=needed)
         self.estimator.setup(self.chat, precision)
-        self.actor = self.policy.actor
-        self.frozen = self.policy.frozen
+        self.rollout.setup(self.policy, self.estimator, self.loss, self.temperature, precision)
+        self.actor, self.frozen = self.policy.actor, self.policy.frozen
 
     def configure_optimizers(self) -> Any:
         """The optimiser over the trained weights, and its schedule."""
@@ -243,6 +244,7 @@ class InverseQStar(LightningModule):
             micro_batch_size=self.micro_batch_size or len(rollout),
             needs_behaviour=needs_behaviour,
             seed=seed,
+            known=self.rollout.known_credits(rollout),
         )
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
@@ -363,8 +365,7 @@ class InverseQStar(LightningModule):
         """Starts the clock of the throughput curve; a resumed rank goes on where it stopped."""
         if self._resumed is not None:
             set_random_state(self._resumed["random"])
-            self._saved_rollout = self._resumed["rollout"]
-            self._resumed = None
+            self._saved_rollout, self._resumed = self._resumed["rollout"], None
         count_batches_as_the_loader(self.trainer)
         self.progress.clock = time.perf_counter()
 

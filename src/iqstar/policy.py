@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from iqstar.adapters import LoRASpec, adapters_off
 from iqstar.chat import ChatFormat
+from iqstar.errors import InputError
 from iqstar.head import LanguageHead
 from iqstar.mdp import TokenSequences
 from iqstar.pretrained import load_config, load_tokenizer, resolve_model
@@ -192,7 +193,7 @@ class Policy:
     Args:
         actor: π_θ.
         frozen: π_ref, one copy that also serves estimators; None with LoRA, where the reference
-            is ``actor`` with its adapters off.
+            is ``actor`` with its adapters off, and where nothing asks for it.
         spec: What it was loaded from.
     """
 
@@ -202,7 +203,16 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[CausalLM]:
-        """π_ref, without gradient."""
+        """π_ref, without gradient.
+
+        Raises:
+            InputError: If it was not loaded.
+        """
+        if self.frozen is None and self.spec.lora is None:
+            raise InputError(
+                "model.rollout: the reference was not loaded, because the run trains on credits "
+                "out of a file and trainer.limit_val_batches is 0; start anew without that limit"
+            )
         off = adapters_off(self.actor.model) if self.frozen is None else nullcontext()
         with torch.no_grad(), off:
             yield self.frozen or self.actor

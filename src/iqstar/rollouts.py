@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from iqstar.engine import RolloutEngine
 from iqstar.errors import InputError
 from iqstar.mdp import Prompt, Rollout, concatenate, make_rollout
 from iqstar.policy import CausalLM, Policy
@@ -17,37 +17,6 @@ from iqstar.ranks import even_spans, global_max
 from iqstar.sampling import CategoricalSampler
 
 KEY = "model.rollout.init_args"
-
-
-class RolloutEngine(ABC):
-    """Turns prompts into responses.
-
-    Attributes:
-        responses_per_prompt: Responses to each prompt of a batch.
-        on_policy: Whether every response is sampled from the policy itself.
-        max_new_tokens: Length limit of a response.
-        stop_strings: Texts that end a response, where they are not the chat format's.
-        batch_size: Responses generated at once; None for all.
-    """
-
-    responses_per_prompt: int = 1
-    on_policy: bool = False
-    max_new_tokens: int
-    stop_strings: list[str] | None = None
-    batch_size: int | None = None
-
-    @abstractmethod
-    def roll_out(
-        self, policy: Policy, prompts: Sequence[Prompt], temperature: float, seed: int
-    ) -> Rollout:
-        """``responses_per_prompt`` responses to every prompt, those of one prompt side by side.
-
-        Args:
-            policy: The policy and its reference.
-            prompts: What to respond to.
-            temperature: Of sampling; scoring uses the same.
-            seed: Fixes what is sampled; the global random state is left as it was.
-        """
 
 
 class GenerateRollout(RolloutEngine):

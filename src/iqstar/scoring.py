@@ -44,6 +44,11 @@ class RolloutScorer:
         """Number of response tokens in the rollout."""
         return sum(len(s.predictors) for s in self.sequences)
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Start and stop of each micro-batch on the axis of all response tokens."""
+        return list(pairwise(accumulate((len(s.predictors) for s in self.sequences), initial=0)))
+
     def reference(self) -> HeadDistributions:
         """π_ref at every response token, given the unmodified prompts."""
         with self.policy.reference() as model:
@@ -71,12 +76,10 @@ class RolloutScorer:
     def behaviour(self) -> Float[Tensor, " tokens"]:
         """Log π_θ of the response tokens at the current weights, by our own scoring."""
         parts = self._score(self.policy.actor, self.sequences)
-        sizes = [len(s.predictors) for s in self.sequences]
-        bounds = pairwise(accumulate(sizes, initial=0))
         return torch.cat(
             [
                 parts.window(start, stop).at(rollout.actions)
-                for rollout, (start, stop) in zip(self.micro_batches, bounds, strict=True)
+                for rollout, (start, stop) in zip(self.micro_batches, self.spans, strict=True)
             ]
         )
 
