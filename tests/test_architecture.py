@@ -21,7 +21,8 @@ LAYERS = [
     {"loading", "engine"},
     {"scoring", "rollouts", "estimators", "strategies"},
     {"assignment", "evaluation", "card", "export"},
-    {"curves", "resume"},
+    {"curves", "resume", "credit_file"},
+    {"scored"},
     {"module"},
     {"callbacks"},
     {"export_callback", "preemption", "progress"},
@@ -33,7 +34,8 @@ LAYERS = [
 PACKAGES = {
     "data": {"errors", "mdp"},
     "commands": {"errors", "mdp", "data", "settings", "pretrained", "policy", "adapters", "loading"}
-    | {"checkpoints", "card", "export", "planning", "training_cli", "chatter"},
+    | {"checkpoints", "card", "export", "planning", "training_cli", "chatter"}
+    | {"assignment", "credit_file", "estimators", "module", "rollouts", "scored"},
     "planning": {"errors", "mdp", "data", "pretrained", "attention", "chat", "sampling", "sharding"}
     | {"logprobs", "head", "distributions", "optim", "policy", "loading", "rollouts", "strategies"}
     | {"evaluation", "curves", "module"},

@@ -62,7 +62,7 @@ def test_config_before_the_command(capsys):
 
 def test_unknown_command(capsys):
     assert "did you mean fit?" in error_of(capsys, "fitt", "--config", "a.yaml")
-    assert "one of fit, validate" in error_of(capsys, "serve")
+    assert "one of fit, validate" in error_of(capsys, "deploy")
 
 
 def test_config_file_that_does_not_exist(tmp_path, capsys):

@@ -24,6 +24,7 @@ STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 GROUPS = sorted([*(CONFIGS / "estimator").glob("*.yaml"), *(CONFIGS / "loss").glob("*.yaml")])
 POLICIES = sorted((CONFIGS / "policy").glob("*.yaml"))
 SCALE = sorted((CONFIGS / "scale").glob("*.yaml"))
+ROLLOUTS = sorted((CONFIGS / "rollout").glob("*.yaml"))
 
 
 def names(files):
@@ -173,7 +174,7 @@ def test_vicunas_template_writes_vicunas_format():
     assert chat.end_of_turn == (tokenizer.eos_token_id,)
 
 
-@pytest.mark.parametrize("file", GROUPS, ids=names(GROUPS))
+@pytest.mark.parametrize("file", [*GROUPS, *ROLLOUTS], ids=names([*GROUPS, *ROLLOUTS]))
 def test_groups_combine(file):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(InverseQStar, "model")
@@ -191,6 +192,19 @@ def test_groups_train(file, tmp_path, tiny):
     argv = arguments(EXPERIMENTS[0], tmp_path, tiny)
     assert main(["fit", *argv, f"--model.{file.parent.name}", str(file)]) == 0
     assert summary_of(tmp_path)["optimizer_steps"] == 2
+
+
+def test_scored_rollouts_train(tmp_path, tiny):
+    """On what ``iqstar score`` writes with the same config; the others' engines run elsewhere."""
+    credits_file = str(tmp_path / "credits.parquet")
+    argv = arguments(CONFIGS / "experiment" / "hh_kind.yaml", tmp_path, tiny)
+    assert main(["score", *argv, "--output", credits_file]) == 0
+    argv += ["--model.rollout", str(CONFIGS / "rollout" / "scored.yaml")]
+    argv += ["--model.rollout.path", credits_file]
+    assert main(["fit", *argv, "--model.loss", str(CONFIGS / "loss" / "reward.yaml")]) == 0
+    summary = summary_of(tmp_path)
+    assert summary["optimizer_steps"] == 2
+    assert summary["kl"] > 0
 
 
 @pytest.mark.parametrize("file", STRATEGIES, ids=names(STRATEGIES))
@@ -213,7 +227,7 @@ def test_strategies_combine(file, tmp_path, tiny, capsys):
 
 
 def test_no_config_is_left_out():
-    tested = [*EXPERIMENTS, *POLICIES, *GROUPS, *STRATEGIES, *SCALE]
+    tested = [*EXPERIMENTS, *POLICIES, *GROUPS, *STRATEGIES, *SCALE, *ROLLOUTS]
     assert sorted(tested) == sorted(CONFIGS.rglob("*.yaml"))
 
 

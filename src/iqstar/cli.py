@@ -23,6 +23,7 @@ TRAINING = {
 }
 OTHERS = {
     "audit": "report what a data set holds and what the filters leave of it",
+    "score": "write the credits of a data set's own responses once, for fit to read",
     "plan": "what a run will take of its devices, without loading weights",
     "export": "write the trained model of a checkpoint in Hugging Face format",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -36,6 +36,9 @@ class FrozenScorer(Protocol):
 
 class OptimalPolicyEstimator(nn.Module, ABC):
     """Estimates log π̂* at the response tokens of a rollout."""
+
+    mixes_tokens: ClassVar[bool] = False
+    """Whether a token's credit depends on the seed or on other rows, so that none can be kept."""
 
     @abstractmethod
     def estimate(
@@ -237,6 +240,8 @@ class ShuffledEstimator(OptimalPolicyEstimator):
     Args:
         estimator: The estimator whose credit is shuffled.
     """
+
+    mixes_tokens = True
 
     def __init__(self, estimator: OptimalPolicyEstimator) -> None:
         super().__init__()
