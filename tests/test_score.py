@@ -451,6 +451,14 @@ def test_score_and_fit(tmp_path, config, capsys):
     assert summary["kl"] > 0
 
 
+def test_held_out_prompts_are_not_in_it(tmp_path, config, capsys):
+    path, file = tmp_path / "credits.parquet", write_config(tmp_path, config)
+    assert main(["score", "--config", str(file), "--output", str(path)]) == 0
+    scored = str(write_config(tmp_path, scored_run(config, path), "scored.yaml"))
+    message = error_of(capsys, "predict", "--config", scored)
+    assert "Held-out prompts are never in it: predict with DatasetRollout" in message
+
+
 def test_limit_is_that_of_the_data(tmp_path, config, capsys):
     path, file = tmp_path / "credits.parquet", write_config(tmp_path, config)
     assert main(["score", "--config", str(file), "--output", str(path), "--limit", "6"]) == 0
@@ -467,11 +475,13 @@ def test_limit_is_that_of_the_data(tmp_path, config, capsys):
     [
         ([], "--output is missing"),
         (["--output", "credits.csv"], "--output: credits.csv must be a file that ends in .parquet"),
+        (["--output", "rows.jsonl/c.parquet"], "rows.jsonl/c.parquet cannot be written"),
         (["--output", "c.parquet", "--limit", "0"], "--limit: must be at least 1"),
         (["--output", "c.parquet", "--limt", "3"], "limt"),
     ],
 )
-def test_wrong_arguments(tmp_path, config, capsys, arguments, message):
+def test_wrong_arguments(tmp_path, config, capsys, arguments, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     file = write_config(tmp_path, config)
     assert message in error_of(capsys, "score", "--config", str(file), *arguments)
 

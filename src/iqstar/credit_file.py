@@ -120,7 +120,8 @@ class CreditFile:
             raise InputError(
                 f"{KEY}: {self.path} has no credits for the prompt {shown}; score the data of this "
                 "run (iqstar score with the same data settings, no --limit), or set data.limit to "
-                "the --limit that the file was made with"
+                "the --limit that the file was made with. Held-out prompts are never in it: "
+                "predict with DatasetRollout"
             )
         ids, reference, credit = (column[place].values.to_numpy() for column in self._columns)
         length = len(response)

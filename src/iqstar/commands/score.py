@@ -179,7 +179,13 @@ def score(
                 )
 
     about = {**about, "origin": origin(policy, estimator, module.temperature, precision)}
-    return write_credits(path, micro_batches(), about)
+    try:
+        return write_credits(path, micro_batches(), about)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"--output: {path} cannot be written ({reason}); choose another"
+        ) from error
 
 
 def check_storable(estimator: OptimalPolicyEstimator) -> None:
