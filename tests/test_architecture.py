@@ -17,6 +17,7 @@ LAYERS = [
     {"distributions"},
     {"losses", "credit", "chat", "metrics", "judges", "optim", "pretrained"}
     | {"attention", "sampling", "settings"},
+    {"prefixes"},
     {"policy"},
     {"loading", "engine"},
     {"scoring", "rollouts", "estimators", "strategies"},

@@ -86,6 +86,7 @@ def train(
     lora=None,
     precision=None,
     checkpointing=False,
+    sharing=True,
     **options,
 ):
     """Two optimiser steps of plain SGD on the fixed responses."""
@@ -94,7 +95,12 @@ def train(
     module = make_module(
         folder,
         kind=kind,
-        spec={"dtype": dtype, "lora": lora, "gradient_checkpointing": checkpointing},
+        spec={
+            "dtype": dtype,
+            "lora": lora,
+            "gradient_checkpointing": checkpointing,
+            "share_prefixes": sharing,
+        },
         loss=LOSSES[loss](),
         rollout=DatasetRollout(max_new_tokens=80),
         micro_batch_size=cut.pop("micro", None),
@@ -132,7 +138,7 @@ def held(model):
 
 #: In bfloat16, where FSDP gathers matrices in it; recomputed activations; frozen shards apart.
 MIXED = {
-    "mixed": {"precision": "bf16-mixed"},
+    "mixed": {"precision": "bf16-mixed", "sharing": False},
     "mixed, null": {"precision": "bf16-mixed", "estimator": NullEstimator()},
     "recomputed": {"checkpointing": True},
 }

@@ -200,7 +200,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny, lora, precision):
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(0)  # adapters start at random
-        spec = {"lora": lora, "gradient_checkpointing": checkpointing}
+        spec = {"lora": lora, "gradient_checkpointing": checkpointing, "share_prefixes": False}
         module = make_module(tiny, spec=spec, rollout=DatasetRollout(), optimizer=sgd(0.1))
         grads.append(fit(module, FIXED, precision=precision, max_steps=1).gradients[0])
         assert module.policy.actor._plain.is_gradient_checkpointing is checkpointing

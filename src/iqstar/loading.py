@@ -13,8 +13,9 @@ from iqstar.adapters import with_adapters
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.fingerprint import fingerprint
-from iqstar.mdp import TokenSequences
+from iqstar.mdp import Prompt, TokenSequences, make_rollout, pack
 from iqstar.policy import AUTOCAST, CausalLM, Policy, PolicySpec
+from iqstar.prefixes import hidden_states
 from iqstar.pretrained import load_model
 
 
@@ -124,6 +125,7 @@ def load_whole(spec: PolicySpec, chat: ChatFormat, key: str = "model.policy.mode
             module.p = 0.0
     lm = CausalLM(model, chat)
     _check_head(lm, key)
+    lm.sharing = spec.share_prefixes and not spec.gradient_checkpointing and _can_share(lm)
     lm.fingerprint = fingerprint(model)
     return lm
 
@@ -176,3 +178,34 @@ def _check_head(lm: CausalLM, key: str) -> None:
             "its last hidden state (scale and soft-capping are known); this architecture is not "
             "supported yet"
         )
+
+
+@torch.no_grad()
+def _can_share(lm: CausalLM) -> bool:
+    """Whether going on from keys and values of a beginning gives the states of a whole pass.
+
+    Tried out, because architectures keep more than keys and values (a window, a running state).
+    """
+    config = lm.model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", 1)
+    known = config._attn_implementation in ("eager", "sdpa", attention.NAME)
+    if windows or kinds != {"full_attention"} or not known:
+        return False
+    ids = torch.arange(1, 8) % lm.chat.vocab_size
+    a, b, c, d, e, f, g = ids.tolist()
+    rollout = make_rollout([Prompt(messages=())] * 4, [[e, f], [g], [f, e, a], [g]], [True] * 4)
+    sequences = pack([[a, b, c, d], [a, b, c, d], [a, e, d], [a, f]], rollout, 0)
+    training = lm.training
+    lm.eval()
+    try:
+        whole = lm.hidden(sequences)
+        shared, keys = hidden_states(lm.model.base_model, sequences, worth=1)
+        told = pack([[a, b, c, g], [a, b, c, g], [a, e, g], [a, g]], rollout, 0)
+        again = hidden_states(lm.model.base_model, told, worth=1, known=keys)[0]
+        pairs = (whole, shared), (lm.hidden(told), again)
+        return all(torch.allclose(x, y, atol=1e-2, rtol=1e-2) for x, y in pairs)
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, NotImplementedError):
+        return False  # it has another kind of cache
+    finally:
+        lm.train(training)

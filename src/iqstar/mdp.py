@@ -145,12 +145,16 @@ class TokenSequences:
         position_ids: 0, 1, 2, … from each row's first real token, whatever the padding side.
         predictors: Flat indices into (batch · seq) of the positions whose output distribution
             is that of a response token: the position *before* it. This is the shift by one.
+        contexts: The token ids of each row's context; empty where rows are padded on the left.
+        lengths: Number of tokens of each row.
     """
 
     input_ids: Int[Tensor, "batch seq"]
     attention_mask: Bool[Tensor, "batch seq"]
     position_ids: Int[Tensor, "batch seq"]
     predictors: Int[Tensor, " tokens"]
+    contexts: tuple[tuple[int, ...], ...] = ()
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,4 +272,6 @@ def pack(
         attention_mask=attention.to(device),
         position_ids=(attention.long().cumsum(dim=1) - 1).clamp(min=0).to(device),
         predictors=torch.cat(predictors).to(device),
+        contexts=tuple(tuple(c) for c in contexts) if side == "right" else (),
+        lengths=tuple(len(row) for row in rows),
     )

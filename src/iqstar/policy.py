@@ -21,6 +21,7 @@ from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.head import LanguageHead
 from iqstar.mdp import TokenSequences
+from iqstar.prefixes import WORTH, WORTH_ON_GPU, KnownContexts, hidden_states
 from iqstar.pretrained import load_config, load_tokenizer, resolve_model
 from iqstar.sharding import is_sharded, shard, whole_blocks
 
@@ -41,6 +42,10 @@ class PolicySpec:
         attn_implementation: transformers' name of it (``sdpa``, ``eager``, ``flash_attention_2``),
             or ``grouped``, ours for short sequences on a CPU; null lets transformers choose.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        share_prefixes: Read what rows of a batch begin with in common once: a system message, a
+            prompt with several responses, a prompt that an estimator tells a principle. Needs
+            full attention (``eager``, ``sdpa`` or ``grouped``), and no gradient checkpointing and
+            no sharding; elsewhere it has no effect.
         chat_template: Overrides the tokenizer's: ``hh`` (Anthropic's plain format, for base
             models), Jinja text, or the path of a ``.jinja`` file.
         revision: Of a hub model.
@@ -52,6 +57,7 @@ class PolicySpec:
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
+    share_prefixes: bool = True
     chat_template: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
@@ -82,6 +88,10 @@ class CausalLM(nn.Module):
     Args:
         model: The model, possibly wrapped by PEFT.
         chat: Its tokenizer and chat format.
+
+    Attributes:
+        fingerprint: Of the weights as they were loaded.
+        sharing: Whether a forward pass reads common beginnings once.
     """
 
     def __init__(self, model: nn.Module, chat: ChatFormat) -> None:
@@ -89,6 +99,7 @@ class CausalLM(nn.Module):
         self.model: Any = model
         self.chat = chat
         self.fingerprint = ""
+        self.sharing = False
         self._sharded_on: torch.device | None = None
         self._gathered_bytes = 0
 
@@ -111,6 +122,7 @@ class CausalLM(nn.Module):
         dtype = AUTOCAST.get(precision)
         self._gathered_bytes = shard(self, mesh, ("hidden", "generate"), offload, dtype)
         self._sharded_on = device
+        self.sharing = False  # ranks would make different numbers of forward passes
 
     @property
     def _plain(self) -> Any:
@@ -126,11 +138,15 @@ class CausalLM(nn.Module):
     def hidden(self, sequences: TokenSequences, mask: bool = False) -> Float[Tensor, "tokens dim"]:
         """Hidden states that predict the response tokens, flattened row by row.
 
+        What rows begin with in common is read once (:mod:`iqstar.prefixes`).
+
         Args:
             sequences: Packed inputs. Padded on the right, they need no attention mask in a causal
                 model: no real token sees the padding.
             mask: Whether to hand on the attention mask; needed for left padding.
         """
+        if not mask and self.sharing and sequences.contexts:
+            return self.hidden_and_keys(sequences)[0]
         states = self._plain.base_model(
             input_ids=sequences.input_ids,
             attention_mask=sequences.attention_mask.long() if mask else None,
@@ -138,6 +154,21 @@ class CausalLM(nn.Module):
             use_cache=False,
         ).last_hidden_state
         return states.flatten(0, 1)[sequences.predictors]
+
+    def hidden_and_keys(
+        self, sequences: TokenSequences, known: KnownContexts | None = None
+    ) -> tuple[Float[Tensor, "tokens dim"], KnownContexts]:
+        """As :meth:`hidden`, for a model that is :attr:`sharing`; starts from what is known.
+
+        Args:
+            sequences: Packed inputs, padded on the right.
+            known: What this model, frozen, computed for other contexts of the same rows.
+
+        Returns:
+            The states, and what is now known of these contexts.
+        """
+        worth = WORTH if self.device.type == "cpu" else WORTH_ON_GPU
+        return hidden_states(self._plain.base_model, sequences, worth, known)
 
     def head(self, temperature: float = 1.0) -> LanguageHead:
         """The output head at a temperature; padded rows of the vocabulary are left out."""

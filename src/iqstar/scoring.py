@@ -14,6 +14,7 @@ from iqstar.errors import InputError
 from iqstar.head import LanguageHead
 from iqstar.mdp import Rollout, TokenSequences, pack
 from iqstar.policy import CausalLM, Policy
+from iqstar.prefixes import KnownContexts
 
 
 class RolloutScorer:
@@ -38,6 +39,7 @@ class RolloutScorer:
             pack_prompts(policy.actor, rollout) for rollout in self.micro_batches
         )
         self._heads: dict[int, LanguageHead] = {}
+        self._known: list[KnownContexts] = []
 
     @property
     def tokens(self) -> int:
@@ -52,12 +54,14 @@ class RolloutScorer:
     def reference(self) -> HeadDistributions:
         """π_ref at every response token, given the unmodified prompts."""
         with self.policy.reference() as model:
-            return self._score(model, self.sequences)
+            return self._score(model, self.sequences, self._known)
 
     def conditioned(
         self, principle: str, placement: str, model: CausalLM | None = None
     ) -> HeadDistributions:
         """A frozen model at every response token, told a principle.
+
+        The reference goes on from what it has read of each prompt before the principle.
 
         Args:
             principle: The text; never cut.
@@ -70,7 +74,7 @@ class RolloutScorer:
                 pack_prompts(chosen, rollout, principle, placement)
                 for rollout in self.micro_batches
             ]
-            return self._score(chosen, packed)
+            return self._score(chosen, packed, self._known if chosen is reference else None)
 
     @torch.no_grad()
     def behaviour(self) -> Float[Tensor, " tokens"]:
@@ -84,11 +88,27 @@ class RolloutScorer:
         )
 
     @torch.no_grad()
-    def _score(self, model: CausalLM, sequences: Sequence[TokenSequences]) -> HeadDistributions:
-        hidden = torch.cat([model.hidden(s) for s in sequences])
+    def _score(
+        self,
+        model: CausalLM,
+        sequences: Sequence[TokenSequences],
+        known: list[KnownContexts] | None = None,
+    ) -> HeadDistributions:
+        """Distributions of a model; fills ``known`` if it is empty, and starts from it if not."""
+        states: list[Tensor] = []
+        found: list[KnownContexts] = []
+        for number, packed in enumerate(sequences):
+            if known is None or not (model.sharing and packed.contexts):
+                states.append(model.hidden(packed))
+                continue
+            hidden, keys = model.hidden_and_keys(packed, known[number] if known else None)
+            states.append(hidden)
+            found.append(keys)
+        if known is not None and not known:
+            known += found
         if id(model) not in self._heads:
             self._heads[id(model)] = model.frozen_head(self.temperature)
-        return HeadDistributions(hidden, self._heads[id(model)])
+        return HeadDistributions(torch.cat(states), self._heads[id(model)])
 
 
 def pack_prompts(
