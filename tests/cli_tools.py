@@ -113,7 +113,8 @@ def error_of(capsys: Any, *argv: str, code: int = 2) -> str:
 def launch(*command: str, **environment: str) -> subprocess.Popen:
     """Starts a command of its own, as a user would."""
     ours = {k: v for k, v in os.environ.items() if not k.startswith(("MASTER_", "PL_"))}
-    env = {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), **environment}
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [ours.get("PYTHONPATH")])])
+    env = {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
     return subprocess.Popen(
         [sys.executable, *command],
         env=env,

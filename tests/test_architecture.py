@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
-    {"errors", "chatter"},
+    {"errors", "chatter", "vllm_worker"},
     {"mdp", "ranks", "fingerprint", "atomic", "adapters"},
     {"checkpoints"},
     {"sharding"},
@@ -21,10 +21,10 @@ LAYERS = [
     {"policy"},
     {"loading", "engine"},
     {"scoring", "rollouts", "estimators", "strategies"},
-    {"assignment", "evaluation", "card", "export"},
-    {"curves", "resume", "credit_file"},
+    {"assignment", "evaluation", "card", "export", "vllm_engines"},
+    {"curves", "resume", "credit_file", "weight_files"},
     {"scored"},
-    {"module"},
+    {"module", "vllm_rollout"},
     {"callbacks"},
     {"export_callback", "preemption", "progress"},
     {"summary"},
@@ -39,7 +39,7 @@ PACKAGES = {
     | {"assignment", "credit_file", "estimators", "module", "rollouts", "scored"},
     "planning": {"errors", "mdp", "data", "pretrained", "attention", "chat", "sampling", "sharding"}
     | {"logprobs", "head", "distributions", "optim", "policy", "loading", "rollouts", "strategies"}
-    | {"evaluation", "curves", "module"},
+    | {"evaluation", "curves", "module", "vllm_rollout"},
 }
 #: May import a package beside its layers.
 FROM_PACKAGES = {"training_cli": {"data"}, "cli": {"data", "commands"}}

@@ -17,6 +17,7 @@ from iqstar.export_callback import Export
 from iqstar.mdp import Message
 from iqstar.module import InverseQStar
 from tiny import BOS, EOS, tiny_folder, tiny_tokenizer
+from vllm_stand_in import stand_in
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXPERIMENTS = [CONFIGS / "quickstart.yaml", *sorted((CONFIGS / "experiment").glob("*.yaml"))]
@@ -224,6 +225,16 @@ def test_strategies_combine(file, tmp_path, tiny, capsys):
     used = yaml.safe_load(capsys.readouterr().out)["trainer"]
     given = yaml.safe_load(file.read_text())["trainer"]
     assert {key: used[key] for key in given} == given
+
+
+def test_a_rollout_server_trains(tmp_path, tiny):
+    """With a stand-in that answers: what vLLM itself does is in test_vllm_real.py."""
+    argv = [*arguments(EXPERIMENTS[0], tmp_path, tiny), "--model.rollout"]
+    with stand_in(tiny, lambda body: ([5, 1], "stop")) as server:
+        argv += [str(CONFIGS / "rollout" / "vllm.yaml"), "--model.rollout.url", server.url]
+        assert main(["fit", *argv]) == 0
+    assert summary_of(tmp_path)["optimizer_steps"] == 2
+    assert server.log.count("load") == 2
 
 
 def test_no_config_is_left_out():

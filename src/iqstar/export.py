@@ -62,7 +62,7 @@ def export_policy(
             edit_json(part / "adapter_config.json", **base_model(policy.spec))
             model.get_base_model().generation_config.save_pretrained(part)
         else:
-            _untie(written, model.all_tied_weights_keys)
+            untie(written, model.all_tied_weights_keys)
             model.save_pretrained(part, state_dict=written, max_shard_size=max_shard_size)
             if dtype is not None:
                 edit_json(part / "config.json", dtype=dtype)
@@ -111,7 +111,7 @@ def _cast(weights: Mapping[str, Tensor], dtype: Dtype | None) -> dict[str, Tenso
     return {n: w.to(kind) if w.is_floating_point() else w for n, w in weights.items()}
 
 
-def _untie(weights: dict[str, Tensor], tied: Mapping[str, str]) -> None:
+def untie(weights: dict[str, Tensor], tied: Mapping[str, str]) -> None:
     """Leaves tied weights out: a cast or gathered copy no longer shows that they are one."""
     for name, source in tied.items():
         if source in weights:

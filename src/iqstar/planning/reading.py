@@ -22,6 +22,7 @@ from iqstar.pretrained import load_config
 from iqstar.rollouts import DatasetRollout
 from iqstar.strategies import NAMES as SHARDED
 from iqstar.strategies import ShardedStrategy
+from iqstar.vllm_rollout import VLLMRollout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -50,6 +51,7 @@ def workload(
             "data.max_prompt_tokens: null leaves the length of prompts open; give --prompt_tokens N"
         )
     rollout = module.rollout
+    elsewhere = isinstance(rollout, DatasetRollout | VLLMRollout)
     rows = data.batch_size * rollout.responses_per_prompt
     at_once = rollout.batch_size or sys.maxsize
     held_out = data.eval_batch_size if data.val_prompts is None else data.val_prompts
@@ -59,7 +61,7 @@ def workload(
         prompt_tokens=tokens,
         new_tokens=rollout.max_new_tokens,
         rollout_rows=rows,
-        generated_rows=0 if isinstance(rollout, DatasetRollout) else min(rows, at_once),
+        generated_rows=0 if elsewhere else min(rows, at_once),
         micro_rows=micro,
         evaluated_rows=min(evaluated, at_once),
         scored_rows=min(evaluated, SCORED_ROWS),
