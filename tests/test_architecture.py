@@ -16,8 +16,8 @@ LAYERS = [
     {"head"},
     {"distributions"},
     {"losses", "credit", "chat", "metrics", "judges", "optim", "pretrained"}
-    | {"attention", "sampling", "settings"},
-    {"prefixes"},
+    | {"attention", "sampling", "settings", "kv_cache"},
+    {"prefixes", "decoding"},
     {"policy"},
     {"loading", "engine"},
     {"scoring", "rollouts", "estimators", "strategies"},
@@ -38,6 +38,7 @@ PACKAGES = {
     | {"checkpoints", "card", "export", "planning", "training_cli", "chatter"}
     | {"assignment", "credit_file", "estimators", "module", "rollouts", "scored"},
     "planning": {"errors", "mdp", "data", "pretrained", "attention", "chat", "sampling", "sharding"}
+    | {"decoding"}
     | {"logprobs", "head", "distributions", "optim", "policy", "loading", "rollouts", "strategies"}
     | {"evaluation", "curves", "module", "vllm_rollout"},
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fitting import PROMPTS, ask, attach, fit, make_module
+from iqstar import decoding
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.estimators import NullEstimator
@@ -20,7 +21,7 @@ from iqstar.rollouts import (
     _ended,
     rollout_seed,
 )
-from iqstar.sampling import CategoricalSampler
+from iqstar.sampling import CategoricalSampler, uniform_numbers
 from iqstar.scoring import RolloutScorer
 from tiny import EOS, tiny_folder, tiny_model, tiny_tokenizer
 
@@ -145,29 +146,35 @@ def test_truncated_responses_can_be_left_out(tmp_path):
 
 @pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-5), ("bf16-mixed", 0.15)])
 @pytest.mark.parametrize("attention", [None, "grouped"])
-def test_our_scoring_agrees_with_the_engine(tmp_path, monkeypatch, precision, bound, attention):
-    """Transformers' cached, left-padded decoding, step by step, against one packed forward."""
+@pytest.mark.parametrize("own", [True, False], ids=["decode", "generate"])
+def test_our_scoring_agrees_with_the_engine(
+    tmp_path, monkeypatch, precision, bound, attention, own
+):
+    """Cached, left-padded decoding, step by step, against one packed forward.
+
+    Every row and step has its own uniform number, so that it tells whose logits the sampler saw.
+    """
     folder = stopping(tmp_path / "model")
     module = attach(make_module(folder, spec={"attn_implementation": attention}), precision)
-    policy, temperature = module.policy, 0.7
-    model, steps = policy.actor.model, []
-    generate = model.generate
+    policy, temperature, limit = module.policy, 0.7, 10
+    seen, draw = {}, CategoricalSampler.draw
 
-    def spy(**kwargs):
-        output = generate(**kwargs, output_logits=True, return_dict_in_generate=True)
-        steps.extend(output.logits)
-        return output.sequences
+    def spy(self, logits, uniform):
+        seen.update(zip(uniform.tolist(), logits.float(), strict=True))
+        return draw(self, logits, uniform)
 
-    monkeypatch.setattr(model, "generate", spy)
-    engine = GenerateRollout(max_new_tokens=10, responses_per_prompt=3)
+    monkeypatch.setattr(CategoricalSampler, "draw", spy)
+    if not own:
+        monkeypatch.setattr(decoding, "fits", lambda *_: False)
+    engine = GenerateRollout(max_new_tokens=limit, responses_per_prompt=3)
     with module.trainer.precision_plugin.forward_context():
         rollout = engine.roll_out(policy, PROMPTS, temperature, 0)
         ours = RolloutScorer(policy, [rollout], temperature).behaviour()
-    logits = torch.stack(steps, dim=1)[:, : rollout.response_ids.shape[1]].float()
-    logits = logits[..., : policy.actor.chat.vocab_size] / temperature
-    theirs = logits.log_softmax(-1)[rollout.response_mask]
-    theirs = theirs.gather(1, rollout.actions[:, None])[:, 0]
-    gap = (ours - theirs).abs()
+    numbers = uniform_numbers(len(rollout), limit, 0, torch.device("cpu"))
+    numbers = numbers[:, : rollout.response_ids.shape[1]][rollout.response_mask]
+    logits = torch.stack([seen[number] for number in numbers.tolist()])
+    theirs = (logits[:, : policy.actor.chat.vocab_size] / temperature).log_softmax(-1)
+    gap = (ours - theirs.gather(1, rollout.actions[:, None])[:, 0]).abs()
     print(f"engine gap, {precision}: mean {gap.mean():.2g}, largest {gap.max():.2g} nats")
     assert len(set(rollout.lengths.tolist())) > 1
     assert gap.max() < bound
@@ -179,11 +186,10 @@ def test_our_scoring_agrees_with_the_engine(tmp_path, monkeypatch, precision, bo
 def test_the_sampler_draws_from_the_distribution():
     """10,000 draws at T = 2; every frequency within 5 standard deviations."""
     logits = torch.tensor([0.0, 1.0, 2.0, -3.0, 9.0])  # the last one is padding
-    sampler = CategoricalSampler(temperature=2.0, vocab_size=4, seed=0, device=torch.device("cpu"))
+    sampler = CategoricalSampler(temperature=2.0, vocab_size=4)
     number = 10_000
-    forced = sampler(torch.zeros(number, 1).long(), logits.expand(number, 5))
-    drawn = forced.argmax(-1)
-    assert ((forced == 0).sum(-1) == 1).all()
+    uniform = uniform_numbers(number, 1, 0, torch.device("cpu"))[:, 0]
+    drawn = sampler.draw(logits.expand(number, 5), uniform)
     expected = (logits[:4] / 2).softmax(-1)
     found = torch.bincount(drawn, minlength=5)[:5] / number
     assert found[4] == 0

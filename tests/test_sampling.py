@@ -1,19 +1,16 @@
-"""The sampler inside ``generate`` draws from the distribution that is scored."""
+"""The sampler draws from the distribution that is scored."""
 
+import pytest
 import torch
 
-from iqstar.sampling import CategoricalSampler
+from iqstar.sampling import CategoricalSampler, ForcedDraws, uniform_numbers
 
 CPU = torch.device("cpu")
 
 
-def draws(scores, rows, **options):
-    sampler = CategoricalSampler(
-        **{"temperature": 1.0, "vocab_size": scores.shape[-1], "seed": 0, "device": CPU} | options
-    )
-    forced = sampler(torch.zeros(rows, 1, dtype=torch.long), scores.expand(rows, -1))
-    assert torch.isfinite(forced).sum(dim=-1).eq(1).all()  # exactly one token is left in a row
-    return forced.argmax(dim=-1)
+def draws(scores, rows, seed=0, **options):
+    sampler = CategoricalSampler(**{"temperature": 1.0, "vocab_size": scores.shape[-1]} | options)
+    return sampler.draw(scores.expand(rows, -1), uniform_numbers(rows, 1, seed, CPU)[:, 0])
 
 
 def test_frequencies_are_the_softmax():
@@ -34,17 +31,60 @@ def test_padded_rows_and_impossible_tokens_are_never_drawn():
     assert set(draws(scores, 5_000, vocab_size=3).tolist()) == {0, 2}
 
 
-def test_tokens_below_float32_resolution_are_drawn(monkeypatch):
+def test_tokens_below_float32_resolution_are_drawn():
     """A quarter of the mass spread over 2^23 tokens after one of three quarters.
 
     Each is 3e-8: added to 0.75 in float32 it would vanish, and its token never be drawn.
     """
     many, wanted = 2**23, 1_234_567
-    scores = torch.zeros(many + 1)
-    scores[0] = torch.tensor(3.0 * many).log()
-    uniform = 0.75 + 0.25 * (wanted + 0.5) / many
-    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.full(size, uniform).double())
-    assert abs(draws(scores, 1).item() - (wanted + 1)) <= 100  # the softmax itself is in float32
+    scores = torch.zeros(1, many + 1)
+    scores[0, 0] = torch.tensor(3.0 * many).log()
+    sampler = CategoricalSampler(temperature=1.0, vocab_size=many + 1)
+    uniform = torch.tensor([0.75 + 0.25 * (wanted + 0.5) / many], dtype=torch.float64)
+    # The softmax itself is in float32.
+    assert abs(sampler.draw(scores, uniform).item() - (wanted + 1)) <= 100
+
+
+@pytest.mark.parametrize("size", [3, 256, 257, 1000, 1024])
+def test_blocks_change_no_draw(size):
+    """Against the whole cumulative distribution, also at its steps and both its ends."""
+    generator = torch.Generator().manual_seed(size)
+    scores = 4 * torch.randn(1, size, generator=generator)
+    scores[0, torch.randperm(size, generator=generator)[: size // 2]] = -torch.inf
+    mass = scores.softmax(-1)[0].double()
+    sums = mass.cumsum(0)
+    middles = (sums - mass / 2)[mass > 0] / sums[-1]
+    random = uniform_numbers(500, 1, size, CPU)[:, 0]
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    uniform = torch.cat([middles, random, ends])
+    sampler = CategoricalSampler(temperature=1.0, vocab_size=size)
+    drawn = sampler.draw(scores.expand(len(uniform), -1), uniform)
+    naive = torch.searchsorted(sums, uniform * sums[-1], right=True)
+    assert torch.equal(drawn[:-1], naive[:-1])
+    possible = (mass > 0).nonzero()[:, 0]
+    assert torch.equal(drawn[: len(possible)], possible)  # each at the middle of its share
+    assert drawn[-1] == possible[-1]
+
+
+def test_rows_draw_with_numbers_of_their_own():
+    """Whatever rows stand beside them, and in whatever order."""
+    scores = torch.randn(8, 600, generator=torch.Generator().manual_seed(0))
+    uniform = uniform_numbers(8, 1, 0, CPU)[:, 0]
+    sampler = CategoricalSampler(temperature=1.0, vocab_size=600)
+    rows = [6, 1, 3]
+    assert torch.equal(
+        sampler.draw(scores[rows], uniform[rows]), sampler.draw(scores, uniform)[rows]
+    )
+
+
+def test_a_forced_draw_is_all_that_is_left():
+    scores, uniform = torch.randn(4, 300), uniform_numbers(4, 2, 0, CPU)
+    sampler = CategoricalSampler(temperature=1.0, vocab_size=280)
+    forced = ForcedDraws(sampler, uniform)
+    for step in range(2):
+        left = forced(torch.zeros(4, 1).long(), scores)
+        assert torch.isfinite(left).sum(dim=-1).eq(1).all()
+        assert torch.equal(left.argmax(-1), sampler.draw(scores, uniform[:, step]))
 
 
 def test_seed_fixes_the_draws_and_leaves_the_global_state_alone():

@@ -6,13 +6,13 @@ path, so that at step 0 their log-ratio is exactly zero, in bf16 too (method §5
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -23,6 +23,7 @@ from iqstar.head import LanguageHead
 from iqstar.mdp import TokenSequences
 from iqstar.prefixes import WORTH, WORTH_ON_GPU, KnownContexts, hidden_states
 from iqstar.pretrained import load_config, load_tokenizer, resolve_model
+from iqstar.sampling import CategoricalSampler, ForcedDraws
 from iqstar.sharding import is_sharded, shard, whole_blocks
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16}
@@ -125,14 +126,14 @@ class CausalLM(nn.Module):
         self.sharing = False  # ranks would make different numbers of forward passes
 
     @property
-    def _plain(self) -> Any:
+    def plain(self) -> Any:
         """The transformers model inside PEFT's wrapper; its layers hold the adapters."""
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     @property
     def max_tokens(self) -> int | None:
         """The longest sequence that the model's positions allow, where it says so."""
-        limit = getattr(self._plain.config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(self.plain.config.get_text_config(), "max_position_embeddings", None)
         return None if limit is None else int(limit)
 
     def hidden(self, sequences: TokenSequences, mask: bool = False) -> Float[Tensor, "tokens dim"]:
@@ -147,7 +148,7 @@ class CausalLM(nn.Module):
         """
         if not mask and self.sharing and sequences.contexts:
             return self.hidden_and_keys(sequences)[0]
-        states = self._plain.base_model(
+        states = self.plain.base_model(
             input_ids=sequences.input_ids,
             attention_mask=sequences.attention_mask.long() if mask else None,
             position_ids=sequences.position_ids,
@@ -168,11 +169,11 @@ class CausalLM(nn.Module):
             The states, and what is now known of these contexts.
         """
         worth = WORTH if self.device.type == "cpu" else WORTH_ON_GPU
-        return hidden_states(self._plain.base_model, sequences, worth, known)
+        return hidden_states(self.plain.base_model, sequences, worth, known)
 
     def head(self, temperature: float = 1.0) -> LanguageHead:
         """The output head at a temperature; padded rows of the vocabulary are left out."""
-        layer, config = self._plain.get_output_embeddings(), self._plain.config.get_text_config()
+        layer, config = self.plain.get_output_embeddings(), self.plain.config.get_text_config()
         divisor = getattr(config, "logits_scaling", None) or 1.0
         return LanguageHead(
             weight=layer.weight,
@@ -193,28 +194,50 @@ class CausalLM(nn.Module):
         return head.copied() if is_sharded(self) else head
 
     @torch.no_grad()
-    def generate(self, **arguments: Any) -> Int[Tensor, "batch seq"]:
-        """Transformers' ``generate`` in evaluation mode, the checkpoint's own settings put aside.
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        limit: int,
+        sampler: CategoricalSampler,
+        uniform: Float[Tensor, "batch time"],
+        ended: Callable[[list[int]], bool],
+    ) -> list[list[int]]:
+        """Samples a response to each prompt, in evaluation mode.
 
-        Those of sampling (temperature, top-k, penalties) would bias the rollout (method §5), and
-        transformers fills what a caller leaves unset from them.
+        By :func:`iqstar.decoding.decode` where it serves the model, else by transformers'
+        ``generate``; which one does not change the distribution.
 
         Args:
-            arguments: Those of ``generate``.
+            prompts: Token ids.
+            limit: Most tokens of a response.
+            sampler: Draws tokens;
+            uniform: from these numbers, one for every row and step.
+            ended: Whether a response is complete; what follows in it then is to be ignored.
         """
-        from transformers import GenerationConfig
+        from iqstar import decoding
 
-        inner, training = self._plain, self.training
-        own = inner.generation_config
-        inner.generation_config = GenerationConfig()
+        inner, training = self.plain, self.training
+        length = limit + max(map(len, prompts))
         self.eval()
         try:
             with whole_blocks(self, self._gathered_bytes, self.device) as independent:
-                tokens: Tensor = self.model.generate(**arguments, synced_gpus=not independent)
+                if independent and decoding.fits(inner, length):
+
+                    def draw(logits: Tensor, rows: list[int], step: int) -> Tensor:
+                        return sampler.draw(logits, uniform[rows, step])
+
+                    return decoding.decode(inner, prompts, limit, draw, ended, self.device)
+                return decoding.generate(
+                    inner,
+                    prompts,
+                    limit,
+                    ForcedDraws(sampler, uniform),
+                    ended,
+                    self.device,
+                    synced_gpus=not independent,
+                )
         finally:
-            inner.generation_config = own
             self.train(training)
-        return tokens
 
 
 @dataclass(kw_only=True)

@@ -14,13 +14,13 @@ from iqstar.errors import InputError
 from iqstar.mdp import Prompt, Rollout, concatenate, make_rollout
 from iqstar.policy import CausalLM, Policy
 from iqstar.ranks import even_spans, global_max
-from iqstar.sampling import CategoricalSampler
+from iqstar.sampling import CategoricalSampler, uniform_numbers
 
 KEY = "model.rollout.init_args"
 
 
 class GenerateRollout(RolloutEngine):
-    """Samples with transformers' ``generate`` and a KV cache.
+    """Samples token by token with the model itself.
 
     Only these settings count: what a checkpoint's generation config says about sampling is
     ignored, its end-of-sequence ids are kept.
@@ -84,66 +84,58 @@ class GenerateRollout(RolloutEngine):
         if temperature <= 0:
             raise InputError(f"model.temperature: must be positive, got {temperature}")
         rows = [p for p in prompts for _ in range(self.responses_per_prompt)]
-        ids: list[list[int]] = []
-        truncated: list[bool] = []
-        device = model.device
+        contexts = self._contexts(model, rows)
         sampler = CategoricalSampler(
             temperature=temperature,
             vocab_size=model.chat.vocab_size,
-            seed=seed,
-            device=device,
             top_k=self.top_k,
             top_p=self.top_p,
         )
+        device, limit, chat = model.device, self.max_new_tokens, model.chat
+        stops = chat.stop_strings if self.stop_strings is None else tuple(self.stop_strings)
+        decode = chat.tokenizer.decode
+        uniform = uniform_numbers(len(rows), limit, seed, device)
+        order = sorted(range(len(rows)), key=lambda row: len(contexts[row]))
+        made: dict[int, tuple[list[int], bool]] = {}
         for start, stop in even_spans(len(rows), self.batch_size or len(rows), device, empty=True):
             # A rank without rows takes part in vain, for the sake of sharded models.
-            made = self._generate(model, rows[start:stop] or rows[:1], sampler)
-            for row, cut in made if stop > start else ():
-                ids.append(row)
-                truncated.append(cut)
-        return make_rollout(rows, ids, truncated, model.chat.pad_id).to(device)
+            span = order[start:stop] or order[:1]
+            responses = model.generate(
+                [contexts[row] for row in span],
+                limit,
+                sampler,
+                uniform[span],
+                lambda row: _complete(row, chat.eos_ids, stops, decode),
+            )
+            for row, response in zip(span, responses, strict=True):
+                made[row] = _ended(response, chat.eos_ids, limit, stops, decode)
+        ids, truncated = zip(*(made[row] for row in range(len(rows))), strict=True)
+        return make_rollout(rows, ids, truncated, chat.pad_id).to(device)
 
-    def _generate(
-        self, model: CausalLM, prompts: Sequence[Prompt], sampler: CategoricalSampler
-    ) -> list[tuple[list[int], bool]]:
-        from transformers import GenerationConfig
-
-        chat = model.chat
-        contexts = [chat.prompt_ids(p.messages) for p in prompts]
-        width = max(len(c) for c in contexts)
+    def _contexts(self, model: CausalLM, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of the prompts, which must leave room for a response."""
+        contexts = [model.chat.prompt_ids(p.messages) for p in prompts]
+        width = max(map(len, contexts))
         if model.max_tokens is not None and width + self.max_new_tokens > model.max_tokens:
             raise InputError(
                 f"data.max_prompt_tokens: a prompt of {width} tokens and {self.max_new_tokens} new "
                 f"ones exceed the model's {model.max_tokens} positions; lower "
                 f"data.max_prompt_tokens or {KEY}.max_new_tokens"
             )
-        device = model.device
-        input_ids = torch.full((len(prompts), width), chat.pad_id, device=device)
-        attention = torch.zeros_like(input_ids)
-        for i, context in enumerate(contexts):
-            input_ids[i, width - len(context) :] = torch.tensor(context, device=device)
-            attention[i, width - len(context) :] = 1
-        stops = chat.stop_strings if self.stop_strings is None else tuple(self.stop_strings)
-        extra: dict[str, Any] = {}
-        if stops:
-            extra = {"stop_strings": list(stops), "tokenizer": chat.tokenizer}
-        settings = GenerationConfig(
-            do_sample=False,  # the sampler draws
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=list(chat.eos_ids) or None,
-            pad_token_id=chat.pad_id,
-        )
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention,
-            generation_config=settings,
-            logits_processor=[sampler],
-            **extra,
-        )
-        return [
-            _ended(row, chat.eos_ids, self.max_new_tokens, stops, chat.tokenizer.decode)
-            for row in output[:, width:].tolist()
-        ]
+        return contexts
+
+
+def _complete(
+    row: list[int], eos_ids: Sequence[int], stops: Sequence[str], decode: Callable[[list[int]], Any]
+) -> bool:
+    """Whether the last token of a growing response ended it.
+
+    A stop string is looked for in the last tokens first: it has no more tokens than bytes.
+    """
+    if row[-1] in eos_ids:
+        return True
+    tails = {stop: decode(row[-len(stop.encode()) - 8 :]) for stop in stops}
+    return any(stop in tail and stop in decode(row) for stop, tail in tails.items())
 
 
 def _ended(

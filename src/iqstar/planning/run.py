@@ -147,46 +147,64 @@ class _Tracer:
         """Reading the prompts, and the last step of decoding with a full cache."""
         if rows == 0:
             return Generation()
-        lm, prompt = self.policy.actor, self.work.prompt_tokens
-        length = prompt + self.work.new_tokens
-        chat, rollout = lm.chat, self.module.rollout
+        lm, rollout = self.policy.actor, self.module.rollout
+        length = self.work.prompt_tokens + self.work.new_tokens
         sampler = CategoricalSampler(
             temperature=self.module.temperature,
-            vocab_size=chat.vocab_size,
-            seed=0,
-            device=torch.device("cpu"),
+            vocab_size=lm.chat.vocab_size,
             top_k=getattr(rollout, "top_k", 0),
             top_p=getattr(rollout, "top_p", 1.0),
         )
+        from iqstar.decoding import fits
 
-        def run(width: int, cache: Any = None) -> tuple[Tensor, Any]:
-            seen = 0 if cache is None else length - 1
-            output = lm.model(
-                input_ids=torch.zeros(rows, width).long(),
-                attention_mask=torch.ones(rows, seen + width).long(),
-                position_ids=torch.arange(seen, seen + width).expand(rows, width),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            return output.logits[:, -1], output.past_key_values
-
+        traced = self.decoding if fits(lm.plain, length) else self.growing
         lm.eval()
         with self.autocast(), Trace(self.weights) as trace:
-            run(prompt)
-            reading = trace.peak
-            before = trace.flops
-            cache = run(length - 1)[1]
-            flops = trace.flops - before
-            filled = trace.live - self.all_casts
+            self.forward(rows, length - 1)
+            flops = trace.flops
             trace.peak = trace.live
-            logits, cache = run(1, cache)
-            sampler(torch.zeros(rows, length).long(), logits.float())
-            peak = max(reading, trace.peak) - self.all_casts
+            logits, filled = traced(rows, trace)
+            sampler.draw(logits, torch.rand(rows, dtype=torch.float64))
+            peak = trace.peak - self.all_casts
         lm.train()
         head = lm.head().weight
         flops += 2 * head.numel() * rows * (self.work.new_tokens - 1)  # the first is in already
         return Generation(cache=filled, working=max(peak - filled, 0), flops=flops)
+
+    def decoding(self, rows: int, trace: Trace) -> tuple[Tensor, int]:
+        """Last logits, and bytes of the cache, of our own decoding."""
+        from iqstar.decoding import advance, read
+
+        model, work = self.policy.actor.plain, self.work
+        # No two prompts are alike, and none begins as another.
+        prompts = [[row, *[0] * (work.prompt_tokens - 1)] for row in range(rows)]
+        context = read(model, prompts, work.new_tokens - 1, torch.device("cpu"))
+        for layer in context.cache.kept:
+            layer.show(rows, work.prompt_tokens + work.new_tokens - 2)
+        context = advance(model, context, torch.zeros(rows).long())
+        return context.logits, context.cache.nbytes
+
+    def growing(self, rows: int, trace: Trace) -> tuple[Tensor, int]:
+        """Last logits, and bytes of the cache, of transformers' ``generate``."""
+        self.forward(rows, self.work.prompt_tokens)
+        reading = trace.peak
+        cache = self.forward(rows, self.work.prompt_tokens + self.work.new_tokens - 1)[1]
+        filled = trace.live - self.all_casts
+        trace.peak = max(trace.live, reading)
+        return self.forward(rows, 1, cache)[0], filled
+
+    def forward(self, rows: int, width: int, cache: Any = None) -> tuple[Tensor, Any]:
+        """Last logits and cache of so many tokens, after those of a full cache."""
+        seen = 0 if cache is None else self.work.prompt_tokens + self.work.new_tokens - 1
+        output = self.policy.actor.model(
+            input_ids=torch.zeros(rows, width).long(),
+            attention_mask=torch.ones(rows, seen + width).long(),
+            position_ids=torch.arange(seen, seen + width).expand(rows, width),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1], output.past_key_values
 
     @torch.no_grad()
     def evaluation_scoring(self) -> int:
