@@ -120,4 +120,4 @@ def loss_sum(
 
     hidden = torch.eye(mdp.states, dtype=torch.float64)[states]
     head = LanguageHead(weight=table.T, vocab_size=VOCAB)
-    return head_loss(hidden, head, per_token, chunk=64)[0]
+    return head_loss(hidden, head, per_token)[0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from iqstar.distributions import HeadDistributions
-from iqstar.head import CHUNK, LanguageHead, chunks, head_loss
+from iqstar.head import BUDGET, COPIES, LanguageHead, chunk_rows, head_loss
 from iqstar.logprobs import forward_kl, generalized_jsd, reverse_kl, token_logprobs
 
 TOKENS, DIM, ROWS, VOCAB = 11, 6, 20, 17
@@ -24,12 +24,13 @@ def random(seed, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)
 
 
-def setting(name, dtype=torch.float64):
+def setting(name, dtype=torch.float64, chunk=None):
     """Hidden states and a head with padded rows, all of which want a gradient."""
+    budget = None if chunk is None else chunk * 4 * COPIES * VOCAB
     options = dict(HEADS[name])
     bias = random(2, ROWS, dtype=dtype).requires_grad_() if options.pop("bias", False) else None
     weight = random(1, ROWS, DIM, dtype=dtype).requires_grad_()
-    head = LanguageHead(weight=weight, bias=bias, vocab_size=VOCAB, **options)
+    head = LanguageHead(weight=weight, bias=bias, vocab_size=VOCAB, budget=budget, **options)
     return random(0, TOKENS, DIM, dtype=dtype).requires_grad_(), head
 
 
@@ -54,10 +55,10 @@ def gradients(value, hidden, head):
 
 
 @heads
-@pytest.mark.parametrize("chunk", [1, 4, CHUNK])
+@pytest.mark.parametrize("chunk", [1, 4, None])
 def test_loss_and_every_gradient_equal_those_of_the_full_logits(name, chunk):
-    hidden, head = setting(name)
-    total, metrics = head_loss(hidden, head, imitation, chunk=chunk)
+    hidden, head = setting(name, chunk=chunk)
+    total, metrics = head_loss(hidden, head, imitation)
     losses, parts = imitation(naive_logits(hidden, head), torch.arange(TOKENS))
     torch.testing.assert_close(total, losses.sum(), atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(metrics["logprob"], parts["logprob"].sum(), atol=1e-12, rtol=0)
@@ -77,14 +78,14 @@ def test_padded_rows_get_no_gradient_and_no_probability():
 
 
 def test_the_logits_of_a_chunk_are_all_that_ever_exists():
-    hidden, head = setting("plain")
+    hidden, head = setting("plain", chunk=4)
     seen = []
 
     def spy(logits, index):
         seen.append(tuple(logits.shape))
         return imitation(logits, index)
 
-    head_loss(hidden, head, spy, chunk=4)
+    head_loss(hidden, head, spy)
     assert seen == [(4, VOCAB), (4, VOCAB), (3, VOCAB)]
 
 
@@ -126,12 +127,12 @@ def test_no_token_makes_a_loss_of_zero():
 @pytest.mark.parametrize("divergence", [reverse_kl, forward_kl, generalized_jsd])
 def test_a_target_from_the_same_head_leaves_exactly_no_gradient(autocast, divergence):
     """The policy's and the frozen model's logits are the same bits, so their divergence is 0."""
-    hidden, head = setting("all", torch.float32)
+    hidden, head = setting("all", torch.float32, chunk=4)
     extra = (0.5,) if divergence is generalized_jsd else ()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         frozen = HeadDistributions(hidden.detach().clone(), head.prepared())
         total, _ = head_loss(
-            hidden, head, lambda z, i: (divergence(z, frozen.logprobs(i), *extra), {}), chunk=4
+            hidden, head, lambda z, i: (divergence(z, frozen.logprobs(i), *extra), {})
         )
     for grad in gradients(total, hidden, head):
         assert torch.count_nonzero(grad) == 0
@@ -153,8 +154,15 @@ def test_under_autocast_products_are_bf16_and_everything_after_is_fp32():
         assert (ours - wanted).norm() / wanted.norm() < 2e-2  # bf16 has 8 bits: 2⁻⁸ ≈ 4e-3 each
 
 
-def test_chunks_cover_every_token_once_and_in_order():
-    for tokens in (0, 1, CHUNK, CHUNK + 1, 3 * CHUNK):
-        parts = chunks(tokens, torch.device("cpu"))
-        assert torch.equal(torch.cat(parts), torch.arange(tokens))
-        assert max(len(p) for p in parts) <= CHUNK
+@pytest.mark.parametrize("vocab_size", [100, 8_192, 49_152, 262_144, 10**9])
+def test_a_chunk_stays_inside_the_budget(vocab_size):
+    rows = chunk_rows(vocab_size, BUDGET)
+    assert rows == 1 or rows * vocab_size * 4 * COPIES <= BUDGET
+    assert 1 <= rows <= 512
+    assert chunk_rows(vocab_size, 2 * BUDGET) >= rows
+
+
+def test_the_head_itself_knows_its_rows():
+    _, head = setting("plain", chunk=3)
+    assert head.rows == head.prepared().rows == 3
+    assert setting("plain")[1].rows == 512

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iqstar.assignment import MicroBatch
-from iqstar.logprobs import entropy, sampled_kl, token_logprobs
+from iqstar.logprobs import entropy, sampled_kl
 from iqstar.mdp import TokenCredits
 
 TRAIN_MEANS = (
@@ -33,11 +33,12 @@ def token_metrics(
     logits: Float[Tensor, "chunk vocab"], tokens: TokenCredits, beta: float
 ) -> dict[str, Float[Tensor, " chunk"]]:
     """Per token: implied reward β log π_θ/π_ref, sampled KL to the reference, entropy (nats)."""
-    logprobs = token_logprobs(logits, tokens.actions)
+    distribution = logits.log_softmax(dim=-1)
+    logprobs = distribution.gather(-1, tokens.actions[:, None])[:, 0]
     return {
         "implied_reward": beta * (logprobs - tokens.reference),
         "kl": sampled_kl(logprobs, tokens.reference),
-        "entropy": entropy(logits.log_softmax(dim=-1)),
+        "entropy": entropy(distribution),
     }
 
 

@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from iqstar.errors import InputError
-from iqstar.head import LanguageHead, chunks
-from iqstar.logprobs import token_logprobs
+from iqstar.head import LanguageHead
 
 
 class TokenDistributions(ABC):
@@ -30,11 +29,20 @@ class TokenDistributions(ABC):
     def logprobs(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
         """Normalised log-probabilities at the tokens of ``index``, without gradient."""
 
+    @property
+    def rows(self) -> int:
+        """Tokens to ask for at once (:attr:`iqstar.head.LanguageHead.rows`)."""
+        return 128
+
+    def scores(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
+        """Log-probabilities up to a constant for each token, where that is cheaper."""
+        return self.logprobs(index)
+
     def at(self, actions: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
         """Log-probability of one action at every token."""
         parts = [
             self.logprobs(index).gather(-1, actions[index][:, None])[:, 0]
-            for index in chunks(len(actions), actions.device)
+            for index in torch.arange(len(actions), device=actions.device).split(self.rows)
         ]
         return torch.cat(parts)
 
@@ -58,22 +66,23 @@ class HeadDistributions(TokenDistributions):
     def __len__(self) -> int:
         return len(self.hidden)
 
+    @property
+    def rows(self) -> int:
+        """See :attr:`TokenDistributions.rows`."""
+        return self.head.rows
+
     @torch.no_grad()
     def logprobs(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
         """See :meth:`TokenDistributions.logprobs`."""
         return self.head.logits(self.hidden[index]).log_softmax(dim=-1)
 
     @torch.no_grad()
-    def at(self, actions: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
-        """See :meth:`TokenDistributions.at`; the losses' own arithmetic, bit for bit."""
-        parts = [
-            token_logprobs(self.head.logits(self.hidden[index]), actions[index])
-            for index in chunks(len(actions), actions.device)
-        ]
-        return torch.cat(parts)
+    def scores(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
+        """See :meth:`TokenDistributions.scores`; the logits."""
+        return self.head.logits(self.hidden[index])
 
     def window(self, start: int, stop: int) -> HeadDistributions:
-        """See :meth:`TokenDistributions.window`; keeps the exact arithmetic of :meth:`at`."""
+        """See :meth:`TokenDistributions.window`."""
         return HeadDistributions(self.hidden[start:stop], self.head)
 
 
@@ -90,6 +99,15 @@ class Reindexed(TokenDistributions):
     def logprobs(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
         """See :meth:`TokenDistributions.logprobs`."""
         return self.base.logprobs(self.order.to(index.device)[index])
+
+    @property
+    def rows(self) -> int:
+        """See :attr:`TokenDistributions.rows`."""
+        return self.base.rows
+
+    def scores(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
+        """See :meth:`TokenDistributions.scores`."""
+        return self.base.scores(self.order.to(index.device)[index])
 
 
 class LogLinear(TokenDistributions):
@@ -110,10 +128,15 @@ class LogLinear(TokenDistributions):
     def logprobs(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
         """See :meth:`TokenDistributions.logprobs`."""
         weight, first = self.terms[0]
-        total = first.logprobs(index) * weight
+        total = first.scores(index) * weight
         for weight, term in self.terms[1:]:
-            total.add_(term.logprobs(index), alpha=weight)
+            total.add_(term.scores(index), alpha=weight)  # their constants end up in Z
         return total.log_softmax(dim=-1)
+
+    @property
+    def rows(self) -> int:
+        """See :attr:`TokenDistributions.rows`."""
+        return min(term.rows for _, term in self.terms)
 
 
 class Unknown(TokenDistributions):

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from iqstar.distributions import HeadDistributions
-from iqstar.head import chunks
 from iqstar.judges import Judge
 from iqstar.logprobs import entropy, kl_divergence
 from iqstar.mdp import Prompt, Rollout
@@ -123,7 +122,7 @@ def divergence_sums(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
         ours = _distributions(policy.actor, rows)
         with policy.reference() as model:
             theirs = _distributions(model, rows)
-        for index in chunks(len(ours), device):
+        for index in torch.arange(len(ours), device=device).split(ours.rows):
             logp = ours.logprobs(index)
             kl += kl_divergence(logp, theirs.logprobs(index)).sum()
             bits += entropy(logp).sum()

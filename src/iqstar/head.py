@@ -1,8 +1,9 @@
 """The LM head, chunk by chunk: distributions of frozen models, and losses with their gradient.
 
 Hidden states at response tokens are small (tokens × dim), their logits are not (tokens × vocab):
-only ``CHUNK`` rows of logits exist at any time. Since every token's loss has its gradient as soon
-as its logits are known, :func:`head_loss` takes it in the forward pass, so nothing is recomputed.
+only as many rows of logits exist at any time as fit into a budget of bytes. Since every token's
+loss has its gradient as soon as its logits are known, :func:`head_loss` takes it in the forward
+pass, so nothing is recomputed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-CHUNK = 128
-"""Rows of logits that exist at once."""
+BUDGET = 64 * 2**20
+"""Bytes that logits and what is computed from them may take on a CPU."""
+BUDGET_ON_GPU = 8 * BUDGET
+"""The same on a GPU, which needs larger products to be busy; an estimate, not measured."""
+COPIES = 5
+"""Arrays in float32 of a chunk's size that a loss, its target and its gradient hold at once."""
 
 TokenLossFn = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(logits of a chunk, its token indices) → (loss per token, detached metrics per token)."""
@@ -33,6 +38,8 @@ class LanguageHead:
         scale: Factor on the logits (Cohere's, Granite's).
         softcap: Bound of tanh soft-capping (Gemma's); 0 for none.
         temperature: Divisor of the logits; the same for policy, reference and estimator.
+        budget: Bytes that the logits of a chunk, and what is computed from them, may take; None
+            for :data:`BUDGET`, or :data:`BUDGET_ON_GPU`. Changes no number beyond rounding.
     """
 
     weight: Float[Tensor, "rows dim"]
@@ -41,6 +48,17 @@ class LanguageHead:
     scale: float = 1.0
     softcap: float = 0.0
     temperature: float = 1.0
+    budget: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of logits that exist at once.
+
+        The one rule for all models, so that a policy and a frozen model of equal weights meet the
+        same matrix shapes and agree bit for bit.
+        """
+        default = BUDGET if self.weight.device.type == "cpu" else BUDGET_ON_GPU
+        return chunk_rows(self.vocab_size, self.budget or default)
 
     def prepared(self) -> LanguageHead:
         """The head with its weight detached, cut to the vocabulary, in the compute precision.
@@ -61,10 +79,12 @@ class LanguageHead:
     def logits(self, hidden: Float[Tensor, "chunk dim"]) -> Float[Tensor, "chunk vocab"]:
         """Logits in float32 (float64 for a float64 model) of a prepared head."""
         product = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        logits = product.to(torch.promote_types(product.dtype, torch.float32)) * self.scale
+        logits = product.to(torch.promote_types(product.dtype, torch.float32))
+        if self.scale != 1:
+            logits = logits * self.scale
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits / self.temperature
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def slope(self, logits: Float[Tensor, "chunk vocab"]) -> Tensor | float:
         """d(logits)/d(matrix product), from the logits: the chain rule through :meth:`logits`."""
@@ -74,20 +94,16 @@ class LanguageHead:
         return slope
 
 
-def chunks(tokens: int, device: torch.device, size: int = CHUNK) -> tuple[Tensor, ...]:
-    """Indices of the tokens, ``size`` at a time.
-
-    The one way to cut them, so that a policy and a frozen model of equal weights meet the same
-    matrix shapes and agree bit for bit.
-    """
-    return torch.arange(tokens, device=device).split(size)
+def chunk_rows(vocab_size: int, budget: int) -> int:
+    """Rows of logits for a budget of bytes; at least one, and in sixteens where there are many."""
+    rows = max(1, budget // (4 * COPIES * vocab_size))
+    return rows if rows < 16 else min(rows - rows % 16, 512)
 
 
 def head_loss(
     hidden: Float[Tensor, "tokens dim"],
     head: LanguageHead,
     token_loss: TokenLossFn,
-    chunk: int = CHUNK,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Sum over tokens of a loss on the logits, without ever holding all the logits.
 
@@ -98,7 +114,6 @@ def head_loss(
         hidden: Hidden states at the response tokens.
         head: The policy's head; its weight gets a gradient if it requires one.
         token_loss: Per-token loss of a chunk of logits, differentiable in them.
-        chunk: Rows of logits that exist at once; changes no number beyond rounding.
 
     Returns:
         The sum of the losses, differentiable in ``hidden`` and the head's weight, and the sum of
@@ -106,9 +121,7 @@ def head_loss(
     """
     metrics: dict[str, Tensor] = {}
     grad = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
-    total: Tensor = _HeadLoss.apply(
-        hidden, head.weight, head.bias, head, token_loss, chunk, grad, metrics
-    )
+    total: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, head, token_loss, grad, metrics)
     return total, metrics
 
 
@@ -121,7 +134,6 @@ class _HeadLoss(torch.autograd.Function):
         bias: Tensor | None,
         head: LanguageHead,
         token_loss: TokenLossFn,
-        chunk: int,
         grad: bool,
         metrics: dict[str, Tensor],
     ) -> Tensor:
@@ -132,7 +144,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
-        for index in chunks(len(hidden), hidden.device, chunk):
+        for index in torch.arange(len(hidden), device=hidden.device).split(head.rows):
             rows = hidden.detach()[index].to(prepared.weight.dtype)
             logits = prepared.logits(rows).requires_grad_(grad)
             with torch.set_grad_enabled(grad):
@@ -147,15 +159,31 @@ class _HeadLoss(torch.autograd.Function):
             slope = slope.mul_(prepared.slope(logits.detach()))
             if grad_bias is not None:
                 grad_bias[: head.vocab_size] += slope.sum(dim=0)
-            slope = slope.to(prepared.weight.dtype)
-            if grad_hidden is not None:
-                grad_hidden[index] = (slope @ prepared.weight).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight[: head.vocab_size] += slope.T @ rows
+                _add_outer(grad_weight[: head.vocab_size], slope, rows)
+            if grad_hidden is not None:
+                product = slope.to(prepared.weight.dtype) @ prepared.weight
+                grad_hidden[index] = product.to(hidden.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return *grads, None, None, None, None, None
+        # In place: these are as large as the head, and nobody else has them.
+        grads = (None if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.saved_tensors)
+        return *grads, None, None, None, None
+
+
+def _add_outer(
+    total: Float[Tensor, "vocab dim"], slope: Float[Tensor, "chunk vocab"], rows: Tensor
+) -> None:
+    """Total += slopeᵀ·rows.
+
+    On a CPU in place and in float32, also under autocast: writing a product of the head's size
+    and adding it costs more than a faster product saves. On a GPU the product is in ``rows``'s
+    dtype.
+    """
+    if total.device.type == "cpu":
+        torch.addmm(total, slope.T, rows.to(total.dtype), out=total)
+    else:
+        total += slope.to(rows.dtype).T @ rows

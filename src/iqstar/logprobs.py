@@ -18,13 +18,8 @@ from torch import Tensor
 def token_logprobs(
     logits: Float[Tensor, "tokens vocab"], actions: Int[Tensor, " tokens"]
 ) -> Float[Tensor, " tokens"]:
-    """Log-probability of each action.
-
-    Equals ``logits.log_softmax(-1).gather(-1, actions[:, None])[:, 0]``, without a copy of the
-    logits.
-    """
-    chosen = logits.gather(-1, actions[:, None])[:, 0]
-    return chosen - logits.logsumexp(dim=-1)
+    """Log-probability of each action."""
+    return logits.log_softmax(dim=-1).gather(-1, actions[:, None])[:, 0]
 
 
 def entropy(logprobs: Float[Tensor, "tokens vocab"]) -> Float[Tensor, " tokens"]:
@@ -83,9 +78,13 @@ def generalized_jsd(
     return value
 
 
+IMPOSSIBLE = 1e30
+"""Nats of an infinite log-ratio: finite, so that a probability of zero times it is zero."""
+
+
 def _expect(p: Tensor, values: Tensor) -> Tensor:
     """Σ p·values over the vocabulary, with 0·(±inf) = 0."""
-    return torch.where(p > 0, p * values, 0.0).sum(dim=-1)
+    return torch.linalg.vecdot(p, values.clamp(-IMPOSSIBLE, IMPOSSIBLE))
 
 
 class _ReverseKL(torch.autograd.Function):
@@ -93,32 +92,34 @@ class _ReverseKL(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
         logp = logits.log_softmax(dim=-1)
         p = logp.exp()
-        gap = logp.sub_(target)
-        value = _expect(p, gap)
+        # In place from here on: a chunk's arrays are what costs time and memory.
+        gap = logp.clamp_(min=-IMPOSSIBLE).sub_(target).clamp_(max=IMPOSSIBLE)
+        value = torch.linalg.vecdot(p, gap)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.where(p > 0, p * (gap - value[:, None]), 0.0))
+            ctx.save_for_backward(gap.sub_(value[:, None]).mul_(p))
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (slope,) = ctx.saved_tensors
-        return slope * grad[:, None], None
+        return slope.mul_(grad[:, None]), None
 
 
 class _ForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
         logp = logits.log_softmax(dim=-1)
-        q = target.exp()
-        value = _expect(q, target - logp)
+        p, q = logp.exp(), target.exp()
+        gap = torch.sub(target.clamp(min=-IMPOSSIBLE), logp).clamp_(max=IMPOSSIBLE)
+        value = torch.linalg.vecdot(q, gap)
         if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(logp.exp_().sub_(q))
+            ctx.save_for_backward(p.sub_(q))
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (slope,) = ctx.saved_tensors
-        return slope * grad[:, None], None
+        return slope.mul_(grad[:, None]), None
 
 
 class _GeneralizedJSD(torch.autograd.Function):
@@ -126,6 +127,7 @@ class _GeneralizedJSD(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, weight: float) -> Tensor:
         logp = logits.log_softmax(dim=-1)
         p, q = logp.exp(), target.exp()
+        logp, target = logp.clamp_(min=-IMPOSSIBLE), target.clamp(min=-IMPOSSIBLE)
         # log p − log m and log q − log m, exactly 0 where p = q.
         over_p = -torch.log1p((1 - weight) * torch.expm1(target - logp))
         over_q = -torch.log1p(weight * torch.expm1(logp - target))
@@ -138,4 +140,4 @@ class _GeneralizedJSD(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
-        return slope * grad[:, None], None, None
+        return slope.mul_(grad[:, None]), None, None

@@ -15,7 +15,7 @@ from torch import Tensor
 from iqstar.curves import token_metrics
 from iqstar.distributions import HeadDistributions
 from iqstar.errors import InputError
-from iqstar.head import CHUNK, head_loss
+from iqstar.head import head_loss
 from iqstar.logprobs import entropy, kl_divergence
 from iqstar.mdp import TokenCredits, TokenSequences
 from iqstar.module import InverseQStar
@@ -218,7 +218,7 @@ class _Tracer:
             ours = HeadDistributions(actor.hidden(sequences), actor.frozen_head())
             with self.policy.reference() as model:
                 theirs = HeadDistributions(model.hidden(sequences), model.frozen_head())
-            index = torch.arange(min(CHUNK, len(ours)))
+            index = torch.arange(min(ours.rows, len(ours)))
             logp = ours.logprobs(index)
             kl_divergence(logp, theirs.logprobs(index))
             entropy(logp)
