@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from cli_tools import write_prompts
+from iqstar import decoding
 from iqstar.adapters import LoRASpec
 from iqstar.cli import main
 from iqstar.estimators import ContrastiveEstimator, NullEstimator
@@ -156,7 +157,10 @@ def test_more_rows_and_longer_prompts_take_more():
     assert longer.rollout.cache == pytest.approx(2 * base.rollout.cache, rel=0.15)
 
 
-def test_cache_by_hand():
+@pytest.mark.parametrize("own", [True, False], ids=["decode", "generate"])
+def test_cache_by_hand(monkeypatch, own):
+    if not own:
+        monkeypatch.setattr(decoding, "fits", lambda *_: False)
     keys_and_values = 2 * 2 * 2 * 8  # layers, both, heads, size
     full = 8 * (12 + 4 - 1) * keys_and_values * 4
     assert trace().rollout.cache == full

@@ -231,11 +231,24 @@ def test_every_run_step_and_rank_has_a_seed_of_its_own():
     assert rollout_seed(1, 2, 3) == rollout_seed(1, 2, 3)
 
 
-def test_batches_of_generation_cover_all_rows(policy):
-    whole = GenerateRollout(max_new_tokens=4).roll_out(policy, PROMPTS, 1.0, 0)
-    parts = GenerateRollout(max_new_tokens=4, batch_size=3).roll_out(policy, PROMPTS, 1.0, 0)
-    assert parts.prompts == whole.prompts
-    assert len(parts) == len(whole)
+@pytest.mark.parametrize("own", [True, False], ids=["decode", "generate"])
+def test_the_size_of_batches_changes_no_response(tmp_path, monkeypatch, own):
+    """Every row has uniform numbers of its own, and results come in the order of the prompts."""
+    policy = load(stopping(tmp_path / "model"), dtype="float64")
+    if not own:
+        monkeypatch.setattr(decoding, "fits", lambda *_: False)
+    whole, *parts = (
+        GenerateRollout(max_new_tokens=12, responses_per_prompt=3, batch_size=size).roll_out(
+            policy, PROMPTS, 1.0, 0
+        )
+        for size in (None, 1, 5)
+    )
+    assert len(whole) == 3 * len(PROMPTS)
+    assert len(set(whole.lengths.tolist())) > 2
+    for part in parts:
+        assert part.prompts == whole.prompts
+        assert responses(part) == responses(whole)
+        assert torch.equal(part.truncated, whole.truncated)
 
 
 def test_a_checkpoints_own_sampling_settings_are_ignored(tiny, tmp_path):
