@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
-    {"errors", "chatter", "vllm_worker"},
+    {"errors", "chatter", "precision", "vllm_worker"},
     {"mdp", "ranks", "fingerprint", "atomic", "adapters"},
     {"checkpoints"},
     {"sharding"},
@@ -35,7 +35,7 @@ LAYERS = [
 PACKAGES = {
     "data": {"errors", "mdp"},
     "commands": {"errors", "mdp", "data", "settings", "pretrained", "policy", "adapters", "loading"}
-    | {"checkpoints", "card", "export", "planning", "training_cli", "chatter"}
+    | {"checkpoints", "precision", "card", "export", "planning", "training_cli", "chatter"}
     | {"assignment", "credit_file", "estimators", "module", "rollouts", "scored"},
     "planning": {"errors", "mdp", "data", "pretrained", "attention", "chat", "sampling", "sharding"}
     | {"decoding"}

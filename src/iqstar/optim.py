@@ -15,12 +15,13 @@ from iqstar.errors import InputError
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
 """What ``optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 2.0e-5, weight_decay: 0.0}}``
-becomes. torch's AdamW decays by 0.01 unless it is told otherwise."""
+becomes. torch's AdamW decays by 0.01 unless it is told otherwise; with ``fused: true`` it reads and
+writes every weight once, on CPUs too."""
 
 
 def default_optimizer(parameters: Iterable) -> Optimizer:
     """AdamW with lr 2e-5 and no weight decay: the update stays near the reference by itself."""
-    return torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0)
+    return torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0, fused=True)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

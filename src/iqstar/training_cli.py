@@ -30,6 +30,7 @@ from iqstar.data import PromptDataModule
 from iqstar.errors import InputError, NonFiniteLossError
 from iqstar.export_callback import Export
 from iqstar.module import InverseQStar
+from iqstar.precision import default_precision
 from iqstar.preemption import Preemption
 from iqstar.progress import ProgressBar, WeightsLine
 from iqstar.settings import CONFIG_FLAGS, Explainer, Setting, read_settings
@@ -119,15 +120,6 @@ def given_settings(command: str, arguments: list[str]) -> list[Setting]:
             f"iqstar {command} --config configs/quickstart.yaml"
         )
     return settings
-
-
-def default_precision(accelerator: str = "auto") -> str:
-    """``bf16-mixed`` where the processor multiplies bfloat16 fast, ``32-true`` elsewhere."""
-    if torch.cuda.is_available() and accelerator != "cpu":
-        fast_gpu = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bf16-mixed" if fast_gpu else "32-true"
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return "bf16-mixed" if fast is not None and fast() else "32-true"
 
 
 def asked_for_validation(config: Mapping[str, Any]) -> bool:

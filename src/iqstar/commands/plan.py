@@ -21,10 +21,10 @@ from iqstar.planning.footprint import Footprint
 from iqstar.planning.memory import GIB, Layout, Plan, make_plan
 from iqstar.planning.reading import architectures, layout, resident, workload
 from iqstar.planning.run import trace_run
+from iqstar.precision import default_precision
 from iqstar.training_cli import (
     CLI_OPTIONS,
     IQStarCLI,
-    default_precision,
     given_settings,
     readable_errors,
 )
