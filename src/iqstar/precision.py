@@ -32,10 +32,13 @@ def bfloat16_is_faster() -> bool:
     does not change the answer.
     """
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # no waiting for one that other work holds up
     for _ in range(_ROUNDS):
         for dtype in best:
             matrix = torch.ones(_SIZE, _SIZE, dtype=dtype)
             start = time.perf_counter()
             torch.nn.functional.linear(matrix, matrix)
             best[dtype] = min(best[dtype], time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return 1.2 * best[torch.bfloat16] < best[torch.float32]
