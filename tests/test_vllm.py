@@ -209,14 +209,17 @@ def test_adapters_of_embeddings_cannot_be_merged(tiny, server):
         VLLMRollout(server.url).roll_out(policy, PROMPTS, 1.0, 0)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_share_one_server(tmp_path, tiny, server, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "lora"), [("ddp", None), ("fsdp", None), ("fsdp", {"rank": 4})]
+)
+def test_two_processes_share_one_server(tmp_path, tiny, server, strategy, lora):
     """Each asks for its own 4 prompts; one of them brings the whole weights, once a rollout."""
     config = tiny_config(tmp_path, tiny)
     config["model"]["init_args"]["rollout"] = {
         "class_path": "iqstar.vllm_rollout.VLLMRollout",
         "init_args": {"url": server.url, "max_new_tokens": 4},
     }
+    config["model"]["init_args"]["policy"]["lora"] = lora
     config["trainer"] |= {"devices": 2, "strategy": strategy}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     code, output = end(launch("-m", "iqstar.cli", "fit", "--config", str(tmp_path / "run.yaml")))
