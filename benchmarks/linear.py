@@ -57,9 +57,8 @@ def main() -> None:
         ]
         for axis, line in fits.items()
     ]
-    harness.show("Growth of a step", ["points", "seconds", "R²"], rows)
-    settings = {**shape, **fixed, "precision": options.precision, "rounds": options.rounds}
-    harness.write(options.out, "linear", settings, fits=fits, points=points, samples=samples)
+    shown = harness.table("Growth of a step", ["points", "seconds", "R²"], rows)
+    harness.finish(options, "linear", [shown], fits=fits, points=points, samples=samples)
 
 
 if __name__ == "__main__":

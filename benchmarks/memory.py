@@ -73,10 +73,16 @@ def floor(
     return parts | {"floor": sum(parts.values())}
 
 
-def report(parts: dict[str, int]) -> dict[str, Any]:
-    """The peak of this process, its floor part by part, and what lies between, in MiB."""
+def report(parts: dict[str, int], server: int = 0) -> dict[str, Any]:
+    """The peak of this process, its floor part by part, and what lies between, in MiB.
+
+    Args:
+        parts: Those of :func:`floor`.
+        server: PSS of a rollout server's processes, which counts as above the floor.
+    """
     rss, pss = peak()
-    figures = {"peak_rss": rss, "peak_pss": pss, "above_floor": rss - parts["floor"], **parts}
+    figures = {"peak_rss": rss, "peak_pss": pss + server, "server_pss": server, **parts}
+    figures["above_floor"] = rss - parts["floor"] + server
     return {name: round(value / 2**20, 1) for name, value in figures.items()}
 
 

@@ -145,10 +145,8 @@ def main() -> None:
                 keys = ("tokens_per_second", "ratio", "sync_seconds", "peak_rss_mib")
                 rows.append([f"{name}, {cell}", *(row[k] for k in keys)])
     columns = ["engine", "tokens/s", "ratio", "of it transfer, s", "peak RSS, MiB"]
-    harness.show("Rollouts", columns, rows)
-    harness.write(
-        options.out, "rollouts", {**shape, "rounds": options.rounds}, table=table, samples=samples
-    )
+    shown = harness.table("Rollouts", columns, rows)
+    harness.finish(options, "rollouts", [shown], table=table, samples=samples)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,39 @@
-"""How the update scales on CPUs: one process of two threads against two processes of one (DDP).
+"""How the update scales on CPUs: one process of two threads against two processes of one each.
 
 Alternating, in fresh processes, on the bundled model and fixed responses, so that every side does
-the same work; sampling and frozen scoring are outside of what is timed. Prints medians and writes
-``benchmarks/results/scaling.json``:
+the same work; sampling and frozen scoring are outside of what is timed:
 
     python benchmarks/scaling.py --rounds 5
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-RESULT = Path(__file__).parent / "results" / "scaling.json"
+import harness
+
 RESPONSES = 32
 STEPS = 3
 """Optimiser steps timed in a process, after one to warm up."""
 TEXT = "It depends on the weather, on the season and on how far you would like to walk that day. "
 SIDES = {
-    "1 process, 2 threads": (1, 2, "auto"),
-    "2 processes, ddp": (2, 1, "ddp"),
-    "2 processes, fsdp": (2, 1, "fsdp2"),
+    "1 process, 2 threads": {"processes": 1, "threads": 2, "strategy": "auto"},
+    "2 processes, ddp": {"processes": 2, "threads": 1, "strategy": "ddp"},
+    "2 processes, fsdp": {"processes": 2, "threads": 1, "strategy": "fsdp2"},
 }
+BASE = "1 process, 2 threads"
 
 
-def worker(processes: int, strategy: str) -> None:
-    """Trains on fixed responses; the first rank prints seconds of the update and of its parts."""
+def worker(settings: dict[str, Any]) -> None:
+    """Trains on fixed responses; the first rank prints seconds of the update and of its parts.
+
+    Args:
+        settings: ``processes``, ``strategy``, ``model``, ``precision``.
+    """
     import torch
     from lightning.pytorch import Callback, LightningDataModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy
@@ -44,8 +44,8 @@ def worker(processes: int, strategy: str) -> None:
     from iqstar.mdp import Message, Prompt
     from iqstar.rollouts import DatasetRollout
     from iqstar.strategies import ShardedStrategy
-    from iqstar.training_cli import default_precision
 
+    processes, strategy = settings["processes"], settings["strategy"]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     asked = (Message(role="user", content="How long does it take to walk around the lake?"),)
     prompts = [Prompt(messages=asked, response=TEXT * 2) for _ in range(RESPONSES * (STEPS + 1))]
@@ -82,7 +82,7 @@ def worker(processes: int, strategy: str) -> None:
         "fsdp2": lambda: ShardedStrategy(process_group_backend="gloo"),
     }
     module = Timed(
-        PolicySpec(attn_implementation="grouped"),
+        PolicySpec(model=settings["model"], attn_implementation="grouped"),
         PrincipleEstimator("Be kind."),
         rollout=DatasetRollout(max_new_tokens=48),
     )
@@ -90,7 +90,7 @@ def worker(processes: int, strategy: str) -> None:
         accelerator="cpu",
         devices=processes,
         strategy=made[strategy](),
-        precision=default_precision("cpu"),
+        precision=settings["precision"],
         max_steps=STEPS + 1,
         logger=False,
         enable_checkpointing=False,
@@ -118,42 +118,30 @@ def _all_reduce_seconds(module: Any) -> float:
     return statistics.median(seconds)
 
 
-def measure(processes: int, threads: int, strategy: str) -> dict[str, float]:
-    """One side, in fresh processes."""
-    command = [sys.executable, __file__, "--worker", str(processes), strategy]
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def main() -> None:
     """Measures all sides in turn and compares their medians."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser = harness.parser(__doc__)
+    parser.add_argument("--precision", default="32-true")
     options = parser.parse_args()
     if options.worker:
-        worker(int(options.worker[0]), options.worker[1])
+        worker(options.worker)
         return
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
-    for _ in range(options.rounds):
-        for name, side in SIDES.items():
-            runs[name].append(measure(*side))
-    base = statistics.median(r["update"] for r in runs["1 process, 2 threads"])
-    table = {}
-    for name, results in runs.items():
-        update = statistics.median(r["update"] for r in results)
-        table[name] = {
-            "update_seconds": round(update, 3),
-            "samples_per_second": round(RESPONSES / update, 2),
-            "ratio": round(base / update, 3),
-            "all_reduce_seconds": round(statistics.median(r["all_reduce"] for r in results), 3),
-        }
-        print(f"{name:<22}", table[name])
-    RESULT.parent.mkdir(exist_ok=True)
-    machine = {"processor": platform.processor(), "cores": os.cpu_count()}
-    RESULT.write_text(json.dumps({"machine": machine, "sides": table, "runs": runs}, indent=2))
+    common = {"model": options.model, "precision": options.precision}
+    samples = harness.alternate(
+        {name: {**common, **side} for name, side in SIDES.items()},
+        options.rounds,
+        lambda s: harness.run_worker(__file__, s, s["threads"]),
+    )
+    table = {name: harness.medians(found) for name, found in samples.items()}
+    for row in table.values():
+        row["responses_per_second"] = RESPONSES / row["update"]
+        row["ratio"] = table[BASE]["update"] / row["update"]
+    columns = ("update", "responses_per_second", "ratio", "all_reduce")
+    rows = [[name, *(row[c] for c in columns)] for name, row in table.items()]
+    titles = ["side", "update, s", "responses/s", "speed-up", "all-reduce, s"]
+    title = f"Update of {RESPONSES} responses, {options.precision}"
+    shown = harness.table(title, titles, rows)
+    harness.finish(options, "scaling", [shown], table=table, samples=samples)
 
 
 if __name__ == "__main__":

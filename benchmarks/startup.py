@@ -71,9 +71,8 @@ def main() -> None:
     )
     table = {name: harness.medians(found) for name, found in samples.items()}
     rows = [[name, row["seconds"]] for name, row in table.items()]
-    harness.show("Start-up", ["command", "seconds"], rows)
-    settings = {"threads": options.threads, "rounds": options.rounds}
-    harness.write(options.out, "startup", settings, table=table, samples=samples)
+    shown = harness.table("Start-up", ["command", "seconds"], rows)
+    harness.finish(options, "startup", [shown], table=table, samples=samples)
 
 
 if __name__ == "__main__":

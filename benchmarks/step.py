@@ -4,6 +4,7 @@ Same model, prompts, principle, lengths, precision and threads, in alternating f
 response ends early, so that both sides make and train on the same number of tokens:
 
     python benchmarks/step.py --precision bf16-mixed 32-true --rounds 5
+    python benchmarks/step.py --vllm http://localhost:8000   # also with a server that is running
 """
 
 from __future__ import annotations
@@ -19,11 +20,18 @@ SIDES: dict[str, dict[str, Any]] = {
     "iqstar, principle, LoRA 8": {"side": "iqstar", "estimator": "principle", "lora": 8},
     "TRL SDFT, sampled_token": {"side": "trl", "mode": "sampled_token"},
     "TRL SDFT, full_logits": {"side": "trl", "mode": "full_logits"},
+}
+FURTHER: dict[str, dict[str, Any]] = {
+    "TRL SDFT, topk_logits": {"side": "trl", "mode": "topk_logits"},
     "TRL SDFT, full_logits, LoRA 8": {"side": "trl", "mode": "full_logits", "lora": 8},
 }
+"""Measured where ``--sides`` asks for them."""
+WITH_VLLM = "iqstar, principle, vLLM"
+BASES = ("TRL SDFT, full_logits", "TRL SDFT, sampled_token")
+"""What others are compared with: the first that ran. The loss of the first is most like ours."""
 PHASES = ("generation", "scoring", "forward_backward", "optimizer", "other")
-BASE = ("TRL SDFT, full_logits", "TRL SDFT, sampled_token")
-"""What others are compared with: the first that ran."""
+PARTS = ("imports", "policy", "frozen", "gradients", "optimizer")
+RATIOS = {"peak_pss": "whole", "above_floor": "above the floor"}
 
 
 def worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -36,95 +44,83 @@ def worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(samples: list[harness.Sample]) -> harness.Sample:
-    """Medians over rounds: of the seconds of a process's median step, its phases, its memory."""
+    """Medians over rounds: seconds of a process's median step, its phases, and its memory."""
     rounds = []
     for sample in samples:
-        steps = harness.medians(
-            [{p: s.get(p, 0.0) for p in (*PHASES, "total")} for s in sample["steps"]]
-        )
-        rounds.append({"seconds": steps, "memory": sample["memory"], "tokens": sample["tokens"]})
+        steps = [{p: step.get(p, 0.0) for p in (*PHASES, "total")} for step in sample["steps"]]
+        rounds.append({**sample, "steps": None, "seconds": harness.medians(steps)})
     return harness.medians(rounds)
 
 
 def compare(table: dict[str, harness.Sample]) -> None:
-    """Adds each side's ratios to TRL's: of seconds, of the whole peak, of that above the floor."""
-    base = next((table[name] for name in BASE if name in table), None)
-    for row in table.values() if base else ():
-        row["ratio"] = {
-            "seconds": row["seconds"]["total"] / base["seconds"]["total"],
-            **{k: row["memory"][k] / base["memory"][k] for k in ("peak_pss", "above_floor")},
-        }
+    """Adds each side's ratios to the base's: of seconds, of the whole peak, of that above floor.
+
+    Args:
+        table: Summaries by the names of their sides; a base need not be among them.
+    """
+    base = next((table[name] for name in BASES if name in table), None)
+    for row in table.values():
+        row["ratio"] = {}
+        if base is not None:
+            row["ratio"]["seconds"] = row["seconds"]["total"] / base["seconds"]["total"]
+            row["ratio"] |= {k: row["memory"][k] / base["memory"][k] for k in RATIOS}
 
 
-def show(title: str, table: dict[str, harness.Sample]) -> None:
-    """Prints what was measured."""
-    rows = [
-        [
-            name,
-            *(row["seconds"][p] for p in ("total", *PHASES)),
-            row.get("ratio", {}).get("seconds"),
-        ]
+def tables(title: str, table: dict[str, harness.Sample]) -> list[dict[str, Any]]:
+    """What is shown of the summaries: seconds, and memory."""
+    seconds = [
+        [name, *(row["seconds"][p] for p in ("total", *PHASES)), row["ratio"].get("seconds")]
         for name, row in table.items()
     ]
-    harness.show(f"{title}: seconds of a step", ["side", "total", *PHASES, "ratio"], rows)
-    parts = (
-        "peak_rss",
-        "peak_pss",
-        "floor",
-        "imports",
-        "policy",
-        "frozen",
-        "gradients",
-        "optimizer",
-    )
-    rows = [
-        [
-            name,
-            *(row["memory"][p] for p in (*parts, "above_floor")),
-            row.get("ratio", {}).get("above_floor"),
-        ]
+    sizes = ("peak_rss", "peak_pss", "floor", *PARTS, "above_floor")
+    memory = [
+        [name, *(row["memory"][s] for s in sizes), *(row["ratio"].get(k) for k in RATIOS)]
         for name, row in table.items()
     ]
-    harness.show(f"{title}: MiB", ["side", *parts, "above", "ratio"], rows)
+    phases = [p.replace("_", " + ") for p in PHASES]
+    above = ("peak RSS", "peak PSS", "floor", *PARTS, "above")
+    ratios = [f"ratio, {name}" for name in RATIOS.values()]
+    return [
+        harness.table(f"{title}: seconds", ["side", "total", *phases, "ratio"], seconds),
+        harness.table(f"{title}: MiB", ["side", *above, *ratios], memory),
+    ]
 
 
 def main() -> None:
     """Measures every side in turn, for each precision."""
     parser = harness.parser(__doc__)
+    every = SIDES | FURTHER
     parser.add_argument("--precision", nargs="+", default=["bf16-mixed", "32-true"])
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), help=" | ".join(SIDES))
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), help=" | ".join(every))
     parser.add_argument("--prompts", type=int, default=16, help="of a step")
     parser.add_argument("--tokens", type=int, default=48, help="of every response")
     parser.add_argument("--steps", type=int, default=1, help="timed in each process")
     parser.add_argument("--warmup", type=int, default=1, help="steps before these")
     parser.add_argument("--micro-batch", type=int, help="rows that iqstar trains on at once")
+    parser.add_argument("--vllm", help="URL of a running server, for a side that samples there")
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(worker(options.worker)))
         return
-    shape = {k: getattr(options, k) for k in ("prompts", "tokens", "steps", "warmup", "threads")}
+    chosen = {name: every[name] for name in options.sides}
+    if options.vllm:
+        chosen[WITH_VLLM] = {**SIDES["iqstar, principle"], "vllm": options.vllm}
     texts = harness.prompts(options.data, options.prompts * (options.steps + options.warmup))
+    keys = ("prompts", "tokens", "steps", "warmup", "threads", "model", "micro_batch")
+    common = {**{k: getattr(options, k) for k in keys}, "texts": texts}
     for precision in options.precision:
-        common = {**shape, "precision": precision, "model": options.model, "texts": texts}
-        sides = {name: {**common, **SIDES[name]} for name in options.sides}
-        for side in sides.values():
-            if side["side"] == "iqstar":
-                side["micro_batch"] = options.micro_batch
         samples = harness.alternate(
-            sides, options.rounds, lambda s: harness.run_worker(__file__, s, options.threads)
+            {name: {**common, "precision": precision, **side} for name, side in chosen.items()},
+            options.rounds,
+            lambda s: harness.run_worker(__file__, s, options.threads),
         )
         table = {name: summary(found) for name, found in samples.items()}
         if len(counts := {row["tokens"] for row in table.values()}) > 1:
             raise SystemExit(f"the sides made different numbers of tokens: {counts}")
         compare(table)
-        show(f"{options.prompts}×{options.tokens}, {precision}", table)
-        settings = {
-            **shape,
-            "precision": precision,
-            "model": options.model,
-            "rounds": options.rounds,
-        }
-        harness.write(options.out, f"step-{precision}", settings, table=table, samples=samples)
+        title = f"A step of {options.prompts}×{options.tokens} tokens, {precision}"
+        shown = tables(title, table)
+        harness.finish(options, f"step-{precision}", shown, table=table, samples=samples)
 
 
 if __name__ == "__main__":

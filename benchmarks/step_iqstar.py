@@ -6,6 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import memory
 from clock import Clock
@@ -111,8 +112,10 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         [] if module.frozen is None else [*module.frozen.parameters(), *module.frozen.buffers()],
         (t for values in state for t in values.values() if torch.is_tensor(t)),
     )
+    url = settings.get("vllm")
+    server = memory.server_peak(urlparse(url).port)[1] if url else 0
     return {
         "tokens": sum(counted) / len(counted),
         "steps": clock.steps[settings["warmup"] :],
-        "memory": memory.report(parts),
+        "memory": memory.report(parts, server),
     }

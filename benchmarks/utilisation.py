@@ -217,14 +217,8 @@ def main() -> None:
     columns = ("update", "products", "gflop", "gflop_per_second", "utilisation")
     rows = [[name, *(row[c] for c in columns)] for name, row in table.items()]
     titles = ["side", "update, s", "its products alone, s", "GFLOP", "GFLOP/s", "utilisation"]
-    harness.show("Utilisation", titles, rows)
-    harness.write(
-        options.out,
-        "utilisation",
-        {**shape, "rounds": options.rounds},
-        table=table,
-        samples=samples,
-    )
+    shown = harness.table("Utilisation", titles, rows)
+    harness.finish(options, "utilisation", [shown], table=table, samples=samples)
 
 
 if __name__ == "__main__":
