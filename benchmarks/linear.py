@@ -31,12 +31,12 @@ def main() -> None:
     options = parser.parse_args()
     shape = {"steps": 1, "warmup": 1, "threads": options.threads, "model": options.model}
     fixed = {"prompts": 16, "tokens": 48}
+    texts = harness.prompts(options.data, 2 * max(16, *options.prompts))
 
     def side(**point: int) -> dict[str, Any]:
         size = {**fixed, **point}
-        texts = harness.prompts(options.data, 2 * size["prompts"])
         side = {"side": "iqstar", "estimator": "principle", "precision": options.precision}
-        return {**shape, **size, **side, "texts": texts}
+        return {**shape, **size, **side, "texts": texts[: 2 * size["prompts"]]}
 
     axes = {"tokens": options.tokens, "prompts": options.prompts}
     sides = {json.dumps([k, v]): side(**{k: v}) for k, values in axes.items() for v in values}
