@@ -21,6 +21,7 @@ from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.head import LanguageHead
 from iqstar.mdp import TokenSequences
+from iqstar.precision import casts_kept
 from iqstar.prefixes import WORTH, WORTH_ON_GPU, KnownContexts, hidden_states
 from iqstar.pretrained import load_config, load_tokenizer, resolve_model
 from iqstar.sampling import CategoricalSampler, ForcedDraws
@@ -220,7 +221,10 @@ class CausalLM(nn.Module):
         length = limit + max(map(len, prompts))
         self.eval()
         try:
-            with whole_blocks(self, self._gathered_bytes, self.device) as independent:
+            with (
+                casts_kept(self.device),
+                whole_blocks(self, self._gathered_bytes, self.device) as independent,
+            ):
                 if independent and decoding.fits(inner, length):
 
                     def draw(logits: Tensor, rows: list[int], step: int) -> Tensor:

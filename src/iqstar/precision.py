@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -42,3 +44,24 @@ def bfloat16_is_faster() -> bool:
             best[dtype] = min(best[dtype], time.perf_counter() - start)
     torch.set_num_threads(threads)
     return 1.2 * best[torch.bfloat16] < best[torch.float32]
+
+
+@contextmanager
+def casts_kept(device: torch.device) -> Iterator[None]:
+    """Under autocast, casts each weight once, not at every product; forgets the casts at the end.
+
+    Lightning turns autocast's cache off, so that a token of a rollout would cast all weights anew.
+    For code without gradient, in which no weight changes.
+
+    Args:
+        device: Where the products are.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    dtype = torch.get_autocast_dtype(device.type)
+    with torch.autocast(device.type, dtype=dtype, cache_enabled=True):
+        try:
+            yield
+        finally:
+            torch.clear_autocast_cache()
