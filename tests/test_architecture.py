@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
-    {"errors", "chatter", "precision", "vllm_worker"},
+    {"errors", "chatter", "precision", "allocator", "vllm_worker"},
     {"mdp", "ranks", "fingerprint", "atomic", "adapters"},
     {"checkpoints"},
     {"sharding"},

@@ -10,6 +10,7 @@ from torch import nn
 
 from iqstar import attention
 from iqstar.adapters import with_adapters
+from iqstar.allocator import keep_freed_memory
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.fingerprint import fingerprint
@@ -34,6 +35,7 @@ def load_policy(
     Raises:
         InputError: If the model cannot be loaded, or its output head is not understood.
     """
+    keep_freed_memory()
     return make_policy(load_whole(spec, chat), spec, precision, reference)
 
 
