@@ -52,6 +52,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         {"prompt": [{"role": "user", "content": text}], "privileged_context": PRINCIPLE}
         for text in settings["texts"]
     ]
+    rows_at_once = min(settings.get("micro_batch") or settings["prompts"], settings["prompts"])
     lora, sampled = settings.get("lora"), settings["mode"] == "sampled_token"
     with tempfile.TemporaryDirectory() as folder:
         config = SDFTConfig(
@@ -60,7 +61,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
             bf16=settings["precision"] == "bf16-mixed",
             model_init_kwargs={"dtype": "float32"},
             max_steps=settings["warmup"] + settings["steps"],
-            per_device_train_batch_size=settings["prompts"],
+            per_device_train_batch_size=rows_at_once,
+            gradient_accumulation_steps=settings["prompts"] // rows_at_once,
             num_generations=1,
             max_completion_length=settings["tokens"],
             generation_kwargs={"eos_token_id": None},
