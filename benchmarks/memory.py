@@ -26,6 +26,14 @@ def peak(pid: int | str = "self") -> tuple[int, int]:
     return highest, highest - (rss - pss)
 
 
+def after_imports() -> int:
+    """Bytes resident before any model: with what a run imports by and by on either side."""
+    import datasets  # noqa: F401
+    import peft  # noqa: F401
+
+    return resident()[0]
+
+
 def reset_peak(pid: int | str = "self") -> None:
     """Makes what is resident now the peak so far."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")

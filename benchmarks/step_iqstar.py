@@ -36,7 +36,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(settings["threads"])
     clock, counted = Clock(), []
-    imports = memory.resident()[0]
+    imports = memory.after_imports()
 
     class Timed(InverseQStar):
         """Tells rollout, frozen scoring and update apart."""

@@ -32,7 +32,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(settings["threads"])
     clock, counted = Clock(), []
-    imports = memory.resident()[0]
+    imports = memory.after_imports()
 
     class Phases(TrainerCallback):
         """Generation and the steps' ends; the rest is told apart by what is wrapped below."""
