@@ -357,3 +357,10 @@ def test_senseless_settings_are_refused(options, key):
 def test_sampling_needs_a_positive_temperature(tiny, server):
     with pytest.raises(InputError, match=r"model\.temperature"):
         VLLMRollout(server.url).roll_out(load(tiny), PROMPTS, 0.0, 0)
+
+
+def test_a_server_that_would_stop_at_a_split_prompt_is_refused(tiny, server):
+    server.served["stops_at_split_prompts"] = True
+    with pytest.raises(InputError, match="--no-enable-chunked-prefill"):
+        VLLMRollout(server.url, max_new_tokens=3).connect(load(tiny))
+    assert server.log == []  # before any weight is brought over

@@ -44,6 +44,7 @@ PROMPTS = [
 ]
 #: Small, for these tests beside other work; vLLM takes much more by itself.
 SMALL = {"max_model_len": 512, "max_num_seqs": 32, "enforce_eager": True}
+SMALL |= {"enable_chunked_prefill": False, "max_num_batched_tokens": 1024}
 MEMORY = 128 * 2**20
 
 
@@ -54,6 +55,7 @@ def serving(folder: Path, port: int, *options: str) -> Iterator[str]:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
     command += ["--model", resolve_model("bundled"), "--dtype", "bfloat16", "--port", str(port)]
     command += ["--max-model-len", "512", "--max-num-seqs", "32", "--enforce-eager"]
+    command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "1024"]
     command += ["--kv-cache-memory-bytes", str(MEMORY), "--enable-scale-out", *options]
     environment = os.environ | {
         "VLLM_SERVER_DEV_MODE": "1",

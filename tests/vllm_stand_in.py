@@ -36,7 +36,7 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         config = AutoConfig.from_pretrained(model)
         self.served: dict[str, Any] = {name: getattr(config, name, None) for name in SHAPE}
-        self.served |= {"dtype": "bfloat16", "max_tokens": 512}
+        self.served |= {"dtype": "bfloat16", "max_tokens": 512, "stops_at_split_prompts": False}
         self.answer = answer
         self.refusals: dict[str, tuple[int, str]] = {}
         self.log: list[str] = []

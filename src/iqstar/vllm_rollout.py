@@ -118,7 +118,7 @@ class VLLMRollout(RolloutEngine):
             policy: Whose model it shall serve.
 
         Raises:
-            InputError: If there is none, or it serves another model.
+            InputError: If there is none, or it serves another model, or would stop in the run.
         """
         if self.engine is None:
             model = resolve_model(policy.spec.model)
@@ -134,6 +134,7 @@ class VLLMRollout(RolloutEngine):
                 engine = InProcess(model, self.llm)
             self._served = engine.model()
             _check_same_model(policy.actor, self._served, model)
+            _check_reads_prompts_whole(self._served)
             self.engine = engine
         return self.engine
 
@@ -246,3 +247,14 @@ def _check_same_model(ours: CausalLM, served: dict[str, Any], name: str) -> None
                 f"{KEY}.url: vLLM serves another model than the policy: its {setting} is "
                 f"{served[setting]}, the policy's {own}; let it serve {name}"
             )
+
+
+def _check_reads_prompts_whole(served: dict[str, Any]) -> None:
+    """Raises an InputError where vLLM would stop at the first prompt that it reads in parts."""
+    if served["stops_at_split_prompts"]:
+        raise InputError(
+            f"{KEY}.url: on a CPU, vLLM stops when it reads a prompt in parts, as it may; start "
+            "the server with --no-enable-chunked-prefill and --max-num-batched-tokens of "
+            f"{served['max_tokens']} or more (without a server, these are {KEY}.llm: "
+            "{enable_chunked_prefill: false, max_num_batched_tokens: ...})"
+        )

@@ -29,11 +29,21 @@ class WeightSync:
     reload_weights: Any
 
     def iqstar_model(self) -> dict[str, Any]:
-        """What is served: ``dtype``, ``max_tokens`` and the settings named in :data:`SHAPE`."""
+        """What is served: ``dtype``, ``max_tokens`` and the settings named in :data:`SHAPE`.
+
+        ``stops_at_split_prompts`` is true where vLLM may read a prompt in parts and would then
+        stop: on CPUs it cannot take back the random number of a request that has a seed (0.32).
+        """
         model = self.model_runner.model_config
         served = {name: getattr(model.hf_text_config, name, None) for name in SHAPE}
         dtype = str(model.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "max_tokens": int(model.max_model_len), **served}
+        splits = bool(self.model_runner.scheduler_config.enable_chunked_prefill)
+        return {
+            "dtype": dtype,
+            "max_tokens": int(model.max_model_len),
+            "stops_at_split_prompts": splits and self.model_runner.device.type == "cpu",
+            **served,
+        }
 
     def iqstar_load(self, folder: str) -> None:
         """Replaces all weights, in place, by those of a folder in Hugging Face format.
