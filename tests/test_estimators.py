@@ -7,15 +7,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from fitting import PROMPTS, ask, attach, contrast, make_module
+from fitting import PROMPTS, ask, attach, contrast, fit, make_module
 from iqstar.chat import PLACEMENTS, ChatFormat, place_principle
 from iqstar.distributions import HeadDistributions, LogLinear, Reindexed
 from iqstar.errors import InputError
 from iqstar.estimators import (
+    AlignedPairEstimator,
     ContrastiveEstimator,
+    MixtureEstimator,
     NullEstimator,
     PlaceboEstimator,
     PrincipleEstimator,
+    ResponseEstimator,
     ShuffledEstimator,
     placebo,
 )
@@ -38,7 +41,12 @@ def scored(tiny):
 
 def naive(module, rollout, principle=None, placement="after_user"):
     """Every row alone, unpadded, through the model's own head, all logits at once."""
-    chat, model = module.chat, module.policy.frozen.model
+    model = module.policy.frozen.model
+    return naive_of(model, module.chat, rollout, principle, placement)
+
+
+def naive_of(model, chat, rollout, principle=None, placement="after_user"):
+    """The same of any model."""
     rows = []
     for prompt, ids, mask in zip(
         rollout.prompts, rollout.response_ids, rollout.response_mask, strict=True
@@ -251,3 +259,119 @@ def test_a_told_prompt_over_the_models_positions_is_an_error(tmp_path):
     module = attach(make_module(folder, PrincipleEstimator(KIND * 3)))
     with pytest.raises(InputError, match="with its principle"):
         module.collect((ask("Hi"),), 0)
+
+
+# -- other models, several estimators, exemplars ------------------------------------------------
+
+
+def other(folder, seed):
+    """The policy's tokenizer with another model's weights."""
+    return str(tiny_folder(folder, seed=seed))
+
+
+def test_an_aligned_pair_lends_what_aligning_changed(scored, tmp_path):
+    module, rollout, scorer = scored
+    names = other(tmp_path / "aligned", 1), other(tmp_path / "base", 2)
+    estimator = AlignedPairEstimator(*names, temperature=0.5)
+    estimator.setup(module.chat, "64-true")
+    estimator.double()
+    assert estimator.own_models() == names
+    aligned, base = (
+        naive_of(m.model, module.chat, rollout)
+        for m in (estimator.aligned_model, estimator.base_model)
+    )
+    expected = (naive(module, rollout) + 2.0 * (aligned - base)).log_softmax(-1)
+    close(every(estimator.estimate(scorer, scorer.reference(), 0)), expected)
+    assert not any(p.requires_grad for p in estimator.parameters())
+
+
+def test_one_aligned_model_of_the_policys_own_reference(scored, tmp_path):
+    """τ = 1 and base = the reference: π̂* is the aligned model itself."""
+    module, rollout, scorer = scored
+    estimator = AlignedPairEstimator(other(tmp_path / "aligned", 1))
+    estimator.setup(module.chat, "64-true")
+    estimator.double()
+    found = every(estimator.estimate(scorer, scorer.reference(), 0))
+    close(found, naive_of(estimator.aligned_model.model, module.chat, rollout))
+
+
+def test_a_pair_of_another_vocabulary_is_refused(tiny, tmp_path):
+    other_tokens = tiny_folder(tmp_path, pad="own")
+    estimator = AlignedPairEstimator(str(other_tokens))
+    chat = make_module(tiny).chat
+    with pytest.raises(InputError, match=r"init_args\.aligned: the vocabulary of"):
+        estimator.setup(chat, "32-true")
+
+
+def test_a_mixture_sums_credits(scored):
+    scorer = scored[2]
+    reference = scorer.reference()
+    told = PrincipleEstimator(KIND), contrast(1.5)
+    mixture = MixtureEstimator(list(told), [0.7, -0.2])
+    parts = [every(part.estimate(scorer, reference, 0)) for part in told]
+    plain = every(reference)
+    expected = plain + 0.7 * (parts[0] - plain) - 0.2 * (parts[1] - plain)
+    close(every(mixture.estimate(scorer, reference, 0)), expected.log_softmax(-1))
+
+
+def test_a_mixture_of_one_is_that_one_and_of_nothing_the_reference(scored):
+    scorer = scored[2]
+    reference = scorer.reference()
+    one = MixtureEstimator([PrincipleEstimator(KIND)], [1.0])
+    told = PrincipleEstimator(KIND).estimate(scorer, reference, 0)
+    close(every(one.estimate(scorer, reference, 0)), every(told))
+    none = MixtureEstimator([PrincipleEstimator(KIND)], [0.0])
+    close(every(none.estimate(scorer, reference, 0)), every(reference))
+
+
+def test_a_mixture_is_a_mixture_of_placebos_too(scored):
+    mixture = MixtureEstimator([PrincipleEstimator(KIND)], [1.0])
+    placebos = PlaceboEstimator(mixture)
+    placebos.setup(scored[0].chat, "64-true")
+    (part,) = mixture.estimators
+    assert part.texts["principle"] != KIND
+
+
+def test_a_response_estimator_shows_each_prompt_its_own_best_response(scored):
+    """Ranked by brute force: the mean of log π_ref(·|c⁺) − log π_ref(·|c⁻) over its tokens."""
+    module, rollout, scorer = scored
+    estimator = ResponseEstimator(KIND, RUDE, candidates=3, max_new_tokens=4)
+    found = every(estimator.estimate(scorer, scorer.reference(), 9))
+    prompts = list(dict.fromkeys(rollout.prompts))
+    candidates = estimator.engine.roll_out(module.policy, prompts, TEMPERATURE, 9)
+    gap = naive(module, candidates, KIND) - naive(module, candidates, RUDE)
+    gaps = gap.gather(1, candidates.actions[:, None])[:, 0].split(candidates.lengths.tolist())
+    texts = {}
+    for number, prompt in enumerate(prompts):
+        best = max(range(3 * number, 3 * number + 3), key=lambda row: gaps[row].mean().item())
+        ids = candidates.response_ids[best][candidates.response_mask[best]]
+        texts[prompt] = module.chat.decode(ids.tolist())
+    parts = []
+    for row, prompt in enumerate(rollout.prompts):
+        shown = estimator.exemplar.replace("{response}", texts[prompt])
+        parts.append(naive(module, rollout.rows(row, row + 1), shown))
+    close(found, torch.cat(parts))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: AlignedPairEstimator("x", temperature=0.0), "temperature: must be a positive"),
+        (lambda: MixtureEstimator([], []), "0 weights for 0 estimators"),
+        (lambda: MixtureEstimator([NullEstimator()], [1.0, 2.0]), "2 weights for 1 estimators"),
+        (lambda: ResponseEstimator(KIND, RUDE, candidates=0), "candidates: must be at least 1"),
+        (lambda: ResponseEstimator(KIND, RUDE, exemplar="x"), "must hold"),
+    ],
+)
+def test_senseless_estimators_are_refused(build, message):
+    with pytest.raises(InputError, match=message):
+        build()
+
+
+def test_training_with_an_aligned_pair_learns_it(tiny, tmp_path):
+    """The estimator's models are loaded, frozen, and left out of checkpoints."""
+    estimator = AlignedPairEstimator(other(tmp_path / "aligned", 1))
+    module = make_module(tiny, estimator)
+    done = fit(module, PROMPTS, max_steps=30)
+    assert done.losses[-1] < 0.5 * done.losses[0]
+    assert not any("estimator" in name for name in module.state_dict())

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from iqstar.chat import ChatFormat
 from iqstar.credit import CreditTransform
@@ -27,12 +29,14 @@ class MicroBatch:
         sequences: The policy's inputs.
         tokens: Credit of every response token.
         target: log π̂* at every response token.
+        scores: Rewards of the responses, where a method has some; NaN where a judge gave none.
     """
 
     rollout: Rollout
     sequences: TokenSequences
     tokens: TokenCredits
     target: TokenDistributions
+    scores: Float[Tensor, " batch"] | None = None
 
 
 def assign_credit(
@@ -46,6 +50,7 @@ def assign_credit(
     needs_behaviour: bool,
     seed: int,
     known: TokenCredits | None = None,
+    group: int = 1,
 ) -> list[MicroBatch]:
     """Scores a rollout under the frozen models and assigns A*/β = log π̂* − log π_ref (4).
 
@@ -59,10 +64,11 @@ def assign_credit(
         needs_behaviour: Whether to score the policy itself, at the rollout's weights.
         seed: For estimators that draw at random.
         known: Credits that were computed before: no frozen model is asked for anything then.
+        group: Neighbouring rows that stay in one micro-batch; the size counts groups then.
     """
     device = rollout.response_ids.device
-    spans = even_spans(len(rollout), micro_batch_size, device)
-    rows = [rollout.rows(start, stop) for start, stop in spans]
+    spans = even_spans(len(rollout) // group, micro_batch_size, device)
+    rows = [rollout.rows(start * group, stop * group) for start, stop in spans]
     scorer = RolloutScorer(policy, rows, temperature)
     if known is None:
         tokens, target = _score(scorer, estimator, seed)

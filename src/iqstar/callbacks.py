@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from iqstar.alignment import AlignmentModule
 from iqstar.errors import InputError
 from iqstar.evaluation import Evaluation
-from iqstar.module import InverseQStar
 
 
 class SampleTable(Callback):
@@ -30,7 +30,7 @@ class SampleTable(Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the newest evaluation."""
-        assert isinstance(pl_module, InverseQStar)
+        assert isinstance(pl_module, AlignmentModule)
         if not pl_module.evaluations:
             return
         newest = pl_module.evaluations[-1]

@@ -34,6 +34,30 @@ METRICS = (
     ("distinct_2", "distinct-2"),
     ("eos_rate", "ended by themselves"),
 )
+INVERSE_Q_STAR = (
+    "Inverse-Q\\*",
+    "Trained with iqstar, an independent implementation of "
+    "[Inverse-Q\\*](https://arxiv.org/abs/2408.14874): the model imitates the credit that the "
+    "estimator below gives to each token of a response. No preference label, no reward model "
+    "and no value model took part.",
+)
+BASELINES = {
+    "PPO": (
+        "PPO",
+        "Trained with iqstar's PPO: the reward is the score that the judge below gave to the "
+        "model's own responses, less a price for leaving the base model; a value head took part.",
+    ),
+    "GRPO": (
+        "GRPO",
+        "Trained with iqstar's GRPO: the reward is the score that the judge below gave to the "
+        "model's own responses, compared within the responses to one prompt.",
+    ),
+    "DPO": (
+        "DPO",
+        "Trained with iqstar's DPO on pairs of replies, whose preference labels it read.",
+    ),
+}
+"""By the name of the class: the method, and what a model's card says of it."""
 PACKAGES = ("torch", "transformers", "lightning", "peft")
 USE = {
     "transformers": """\
@@ -99,10 +123,15 @@ def settings_of(module: Any, data: Any) -> dict[str, Any]:
         module: The run's LightningModule.
         data: Its data module, if any.
     """
-    parts = {name: _described(getattr(module, name)) for name in ("estimator", "loss")}
+    names = [name for name in ("estimator", "loss", "reward") if hasattr(module, name)]
+    parts = {name: _described(getattr(module, name)) for name in names}
     policy = asdict(module.spec)
+    kind = f"{type(module).__module__}.{type(module).__name__}"
     settings: dict[str, Any] = {
-        "model": {"init_args": {"policy": policy, "beta": module.beta, **parts}}
+        "model": {
+            "class_path": kind,
+            "init_args": {"policy": policy, "beta": module.beta, **parts},
+        }
     }
     return settings | ({"data": _described(data)} if data is not None else {})
 
@@ -131,6 +160,9 @@ def model_card(
         merged: Whether adapters were folded into the weights.
         fingerprint: SHA-256 of the base model's weights.
     """
+    kind = str(record.settings.get("model", {}).get("class_path", "")).rpartition(".")[2]
+    method, about = BASELINES.get(kind, INVERSE_Q_STAR)
+    tags = [kind.lower()] if kind in BASELINES else ["inverse-q-star"]
     adapter = spec.lora is not None and not merged
     library = "peft" if adapter else "transformers"
     given = record.settings.get("model", {}).get("init_args", {})
@@ -138,18 +170,22 @@ def model_card(
     front: dict[str, Any] = {
         "library_name": library,
         "pipeline_tag": "text-generation",
-        "tags": ["iqstar", "inverse-q-star", *(["lora"] if spec.lora else [])],
+        "tags": ["iqstar", *tags, *(["lora"] if spec.lora else [])],
     }
     if base_id:
         relation = "adapter" if adapter else "finetune"
         front = {"base_model": base_id, "base_model_relation": relation, **front}
     principles = dict(_principles(given.get("estimator")))
-    rows = [
-        ("base model", _base(spec, fingerprint)),
-        ("trained", _trained(spec, merged)),
+    rewarded = [("reward", _said(given.get("reward")))] if "reward" in given else []
+    credited = [
         *principles.items(),
         ("estimator", _said(given.get("estimator"), leave_out=TEXTS)),
         ("loss", _loss(given)),
+    ]
+    rows = [
+        ("base model", _base(spec, fingerprint)),
+        ("trained", _trained(spec, merged)),
+        *(rewarded if kind in BASELINES else credited),
         ("β", given.get("beta", "not recorded")),
         ("data", _said(record.settings.get("data"), only=DATA_KEYS)),
         ("optimiser steps", record.step),
@@ -158,14 +194,11 @@ def model_card(
     ]
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---",
-        f"# {(base_id or Path(spec.model).name).rpartition('/')[2]}, aligned with Inverse-Q\\*",
-        "Trained with iqstar, an independent implementation of "
-        "[Inverse-Q\\*](https://arxiv.org/abs/2408.14874): the model imitates the credit that the "
-        "estimator below gives to each token of a response. No preference label, no reward model "
-        "and no value model took part.",
+        f"# {(base_id or Path(spec.model).name).rpartition('/')[2]}, aligned with {method}",
+        about,
         _table(("", ""), rows),
         "## What was measured",
-        _measured(record, given.get("judge")),
+        _measured(record, given.get("judge"), bool(rewarded)),
         "## How it was made",
         f"```sh\n{record.command}\n```" if record.command else "Its command was not recorded.",
         "## Use",
@@ -177,7 +210,7 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _measured(record: RunRecord, judge: Any) -> str:
+def _measured(record: RunRecord, judge: Any, trained_on_it: bool) -> str:
     """Before and after, as a table."""
     if not record.evaluations:
         return "Nothing: the run made no evaluation."
@@ -191,7 +224,8 @@ def _measured(record: RunRecord, judge: Any) -> str:
     ]
     about = "Means over responses to held-out prompts, at temperature 1, no principle in context."
     if judge:
-        about += f" The judge ({_said(judge)}) measures; nothing was trained on it."
+        about += f" The judge ({_said(judge)}) measures."
+        about += "" if trained_on_it else " Nothing was trained on it."
     return f"{about}\n\n{_table(('', *names), rows)}\n\nNothing else was measured."
 
 

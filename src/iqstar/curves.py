@@ -65,6 +65,16 @@ def micro_batch_sums(
         "truncation_rate": (truncated, responses),
         "eos_rate": (responses - truncated, responses),
         **{name: (value, count) for name, value in sums.items()},
+        **({} if micro.scores is None else score_sums(micro.scores)),
+    }
+
+
+def score_sums(scores: Float[Tensor, " batch"]) -> dict[str, tuple[Tensor, Tensor]]:
+    """(sum, count) of the rewards that there are, and of those that a judge could not give."""
+    missing = scores.isnan()
+    return {
+        "reward": (scores.nan_to_num().sum(), (~missing).sum()),
+        "reward_missing": (missing.sum(), scores.new_tensor(float(len(scores)))),
     }
 
 

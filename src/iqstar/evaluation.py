@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from iqstar.distributions import HeadDistributions
-from iqstar.judges import Judge
+from iqstar.judges import Judge, scores_of
 from iqstar.logprobs import entropy, kl_divergence
 from iqstar.mdp import Prompt, Rollout
 from iqstar.metrics import distinct_n
@@ -53,11 +54,15 @@ class Evaluation:
         step: Optimiser steps done.
         metrics: Global means by name.
         samples: The responses, in the order of the held-out prompts.
+        sampled: Responses that training had sampled.
+        seconds: Time that training had taken, rollouts included, evaluations not.
     """
 
     step: int
     metrics: dict[str, float]
     samples: tuple[Sample, ...]
+    sampled: int = 0
+    seconds: float = 0.0
 
 
 def sample_and_score(
@@ -84,18 +89,13 @@ def sample_and_score(
         The responses, and (sum, count) of the exact KL to the reference and the entropy, over
         response tokens, in nats at T = 1.
     """
-    engine = GenerateRollout(
-        max_new_tokens=like.max_new_tokens,
-        responses_per_prompt=samples,
-        stop_strings=like.stop_strings,
-        batch_size=like.batch_size,
-    )
-    rollout = engine.sample(policy.actor, prompts, 1.0, seed)
+    rollout = evaluation_engine(like, samples).sample(policy.actor, prompts, 1.0, seed)
     texts = [
         policy.actor.chat.decode(row[mask].tolist())
         for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
     ]
-    scores = judge.score(rollout.prompts, texts) if judge else [float("nan")] * len(texts)
+    missing = [float("nan")] * len(texts)
+    scores = scores_of(judge, rollout.prompts, texts) if judge else missing
     records = [
         Sample(
             prompt=prompt.messages[-1].content,
@@ -111,12 +111,33 @@ def sample_and_score(
     return records, divergence_sums(policy, rollout)
 
 
-@torch.no_grad()
+def evaluation_engine(like: RolloutEngine, samples: int) -> GenerateRollout:
+    """The engine of an evaluation: nothing of the run's own but its limits.
+
+    Args:
+        like: The engine whose length limit, stop strings and batch size are taken over.
+        samples: Responses to each prompt.
+    """
+    return GenerateRollout(
+        max_new_tokens=like.max_new_tokens,
+        responses_per_prompt=samples,
+        stop_strings=like.stop_strings,
+        batch_size=like.batch_size,
+    )
+
+
 def divergence_sums(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor, Tensor]]:
     """(sum, count) over response tokens of KL(π_θ‖π_ref), exact, and of the policy's entropy."""
+    count = rollout.response_mask.sum()
+    return {name: (v.double().sum(), count) for name, v in divergences(policy, rollout).items()}
+
+
+@torch.no_grad()
+def divergences(policy: Policy, rollout: Rollout) -> dict[str, Float[Tensor, " tokens"]]:
+    """KL(π_θ‖π_ref), exact, and the policy's entropy, at every response token, row by row."""
     device = rollout.response_ids.device
-    kl = torch.zeros((), dtype=torch.float64, device=device)
-    bits = torch.zeros_like(kl)
+    kl: list[Tensor] = []
+    bits: list[Tensor] = []
     for start, stop in even_spans(len(rollout), SCORED_ROWS, device):
         rows = rollout.rows(start, stop)
         ours = _distributions(policy.actor, rows)
@@ -124,10 +145,9 @@ def divergence_sums(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
             theirs = _distributions(model, rows)
         for index in torch.arange(len(ours), device=device).split(ours.rows):
             logp = ours.logprobs(index)
-            kl += kl_divergence(logp, theirs.logprobs(index)).sum()
-            bits += entropy(logp).sum()
-    count = rollout.response_mask.sum()
-    return {"kl": (kl, count), "entropy": (bits, count)}
+            kl.append(kl_divergence(logp, theirs.logprobs(index)))
+            bits.append(entropy(logp))
+    return {"kl": torch.cat(kl), "entropy": torch.cat(bits)}
 
 
 def _distributions(model: CausalLM, rollout: Rollout) -> HeadDistributions:
@@ -143,7 +163,8 @@ def evaluation_metrics(
     Args:
         samples: The responses of all ranks.
         means: KL to the reference and entropy, over response tokens.
-        judged: Whether there is a judge; responses that it could not score are left out.
+        judged: Whether there is a judge; responses that it could not score are left out, and
+            ``judge_missing`` is their share where there are any.
     """
     scores = [s.score for s in samples if not math.isnan(s.score)]
     truncated = sum(s.truncated for s in samples) / len(samples)
@@ -155,4 +176,6 @@ def evaluation_metrics(
     }
     if judged:
         metrics["judge"] = sum(scores) / len(scores) if scores else float("nan")
+        if len(scores) < len(samples):
+            metrics["judge_missing"] = 1 - len(scores) / len(samples)
     return metrics

@@ -9,11 +9,11 @@ import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from iqstar.alignment import AlignmentModule
 from iqstar.atomic import remove
 from iqstar.callbacks import run_folder
 from iqstar.card import RunRecord, model_card, settings_of
 from iqstar.export import SHARD_SIZE, Dtype, check_shard_size, export_policy
-from iqstar.module import InverseQStar
 from iqstar.sharding import full_state_dict, is_sharded
 
 FOLDER = "policy"
@@ -76,7 +76,7 @@ class Export(Callback):
                     remove(_beside(checkpoint))
 
     def _export(self, trainer: Trainer, module: LightningModule, folder: Path) -> None:
-        assert isinstance(module, InverseQStar)
+        assert isinstance(module, AlignmentModule)
         policy = module.policy
         assert policy is not None
         weights = None
@@ -97,7 +97,7 @@ class Export(Callback):
         )
 
 
-def record_of_run(module: InverseQStar, trainer: Trainer) -> RunRecord:
+def record_of_run(module: AlignmentModule, trainer: Trainer) -> RunRecord:
     """What a run knows of itself at its present step; settings from its parts where no YAML is."""
     recipe = module.recipe
     data = getattr(trainer, "datamodule", None)

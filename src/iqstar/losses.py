@@ -205,6 +205,20 @@ class CreditAdvantage(Advantage):
         return advantage
 
 
+class AssignedAdvantage(Advantage):
+    """Â is the credit as it was assigned: what PPO and GRPO compute from rewards."""
+
+    def of(
+        self,
+        logits: Float[Tensor, "chunk vocab"],
+        implied: Float[Tensor, " chunk"],
+        tokens: TokenCredits,
+        target: Target,
+    ) -> Float[Tensor, " chunk"]:
+        """See :meth:`Advantage.of`."""
+        return tokens.credit
+
+
 class ConstantAdvantage(Advantage):
     """The control Â = −c: no credit at all, reported to match teachers (arXiv 2608.31046).
 

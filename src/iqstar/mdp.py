@@ -16,7 +16,7 @@ the flat ``tokens`` axis, so that padding cannot reach a loss, a metric or a gra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -42,11 +42,13 @@ class Prompt:
         messages: The turns, oldest first; the last one is the user's.
         response: The data set's own reply, for off-policy replay only; None where it has none.
         complete: Whether ``response`` ended by itself (False: it was cut by its source).
+        rejected: Of a pair, the reply that was liked less than ``response``; DPO alone reads it.
     """
 
     messages: tuple[Message, ...]
     response: str | None = None
     complete: bool = True
+    rejected: str | None = None
 
 
 class PromptBatch:
@@ -180,13 +182,8 @@ class TokenCredits:
         return len(self.actions)
 
     def __getitem__(self, index: Int[Tensor, " chunk"] | slice) -> TokenCredits:
-        return TokenCredits(
-            actions=self.actions[index],
-            reference=self.reference[index],
-            credit=self.credit[index],
-            weight=self.weight[index],
-            behaviour=None if self.behaviour is None else self.behaviour[index],
-        )
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: v[index] for n, v in parts.items() if v is not None})
 
 
 def length_mask(lengths: Sequence[int], width: int) -> Bool[Tensor, "batch time"]:

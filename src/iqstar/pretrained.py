@@ -101,7 +101,7 @@ def load_config(
         InputError: If there is no such model, or it is not a causal language model.
     """
     source = resolve_model(model, key=key)
-    with _loading(model, source, "a model", key):
+    with loading(model, source, "a model", key):
         config = transformers.AutoConfig.from_pretrained(
             source, trust_remote_code=trust_remote_code, revision=revision
         )
@@ -135,7 +135,7 @@ def load_model(
     source = resolve_model(model, key=key)
     # The conversion is done by now: no second one, whatever happens to the original meanwhile.
     config = load_config(source, trust_remote_code=trust_remote_code, revision=revision, key=key)
-    with _loading(model, source, "a causal language model", key):
+    with loading(model, source, "a causal language model", key):
         loaded: transformers.PreTrainedModel
         info: dict[str, Any]
         loaded, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
@@ -177,7 +177,7 @@ def load_tokenizer(
             f"{key}: {model} has a model but no tokenizer; copy the tokenizer's files "
             "(tokenizer.json, tokenizer_config.json) of its base model into that folder"
         )
-    with _loading(model, source, "a tokenizer", key):
+    with loading(model, source, "a tokenizer", key):
         return transformers.AutoTokenizer.from_pretrained(
             source, trust_remote_code=trust_remote_code, revision=revision
         )
@@ -253,7 +253,7 @@ def _convert(gguf: Path, name: str, key: str) -> Path:
     try:
         # Its reader draws a bar of its own, which no switch of transformers turns off.
         hidden = contextlib.redirect_stderr(io.StringIO())
-        with hidden, _loading(str(gguf), str(gguf), "a GGUF model", key):
+        with hidden, loading(str(gguf), str(gguf), "a GGUF model", key):
             loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.float32
             )
@@ -289,8 +289,15 @@ def _cache_error(cache: Path, error: OSError, key: str) -> InputError:
 
 
 @contextlib.contextmanager
-def _loading(model: str, source: str, what: str, key: str) -> Iterator[None]:
-    """Quiet transformers; whatever it raises becomes an InputError with a remedy."""
+def loading(model: str, source: str, what: str, key: str) -> Iterator[None]:
+    """Quiet transformers; whatever it raises becomes an InputError with a remedy.
+
+    Args:
+        model: As the user gave it.
+        source: What :func:`resolve_model` made of it.
+        what: What is loaded, for messages.
+        key: YAML key to name in errors.
+    """
     local = Path(source).exists()
     try:
         with quiet_transformers(bars=not local):

@@ -8,7 +8,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
-from iqstar.module import InverseQStar
+from iqstar.alignment import AlignmentModule
 
 
 class WeightsLine(Callback):
@@ -16,7 +16,7 @@ class WeightsLine(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says it once, when the models are loaded."""
-        assert isinstance(pl_module, InverseQStar)
+        assert isinstance(pl_module, AlignmentModule)
         assert pl_module.policy is not None
         trained, total = pl_module.policy.trainable()
         rank_zero_info(

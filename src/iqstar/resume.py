@@ -1,8 +1,9 @@
 """What a rank needs, beside weights and optimiser, to go on exactly where it stopped.
 
 Random state, and the rollout it is training on: its responses and, where a loss needs them, the
-policy's log-probs at the weights that sampled it. All else of a rollout follows from frozen
-models and is computed again. Plain values only, which load with ``weights_only``.
+policy's log-probs at the weights that sampled it (of a baseline, its rewards and advantages too).
+All else of a rollout follows from frozen models and is computed again. Plain values only, which
+load with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -99,12 +100,15 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def rollout_state(micro_batches: Sequence[MicroBatch], seed: int) -> dict[str, Any]:
+def rollout_state(
+    micro_batches: Sequence[MicroBatch], seed: int, kept: Sequence[str]
+) -> dict[str, Any]:
     """A rollout as plain values.
 
     Args:
         micro_batches: The rollout, as it is trained on.
         seed: With which it was made.
+        kept: Fields of its tokens that cannot be computed again.
     """
     parts = [micro.rollout for micro in micro_batches]
     return {
@@ -116,7 +120,10 @@ def rollout_state(micro_batches: Sequence[MicroBatch], seed: int) -> dict[str, A
             for row, mask in zip(part.response_ids, part.response_mask, strict=True)
         ],
         "truncated": [bool(cut) for part in parts for cut in part.truncated],
-        "behaviour": [_own(micro.tokens.behaviour) for micro in micro_batches],
+        "kept": [
+            {name: _own(getattr(micro.tokens, name)) for name in kept} for micro in micro_batches
+        ],
+        "scores": [_own(micro.scores) for micro in micro_batches],
     }
 
 
@@ -127,19 +134,25 @@ def rollout_from(state: dict[str, Any], pad_id: int, device: torch.device) -> Ro
     return rollout.to(device)
 
 
-def with_behaviour(
-    micro_batches: Sequence[MicroBatch], behaviour: Sequence[Tensor | None]
-) -> list[MicroBatch]:
-    """The same micro-batches with the log-probs of the weights that sampled them."""
+def with_kept(micro_batches: Sequence[MicroBatch], state: dict[str, Any]) -> list[MicroBatch]:
+    """The same micro-batches with what :func:`rollout_state` kept of them."""
     return [
-        replace(micro, tokens=replace(micro.tokens, behaviour=_like(saved, micro)))
-        for micro, saved in zip(micro_batches, behaviour, strict=True)
+        replace(
+            micro,
+            tokens=replace(micro.tokens, **_all_like(kept, micro)),
+            scores=_like(scores, micro),
+        )
+        for micro, kept, scores in zip(micro_batches, state["kept"], state["scores"], strict=True)
     ]
 
 
 def _own(values: Tensor | None) -> Tensor | None:
     """A copy in main memory, without the storage of the rest of the rollout."""
     return None if values is None else values.detach().cpu().clone()
+
+
+def _all_like(saved: dict[str, Tensor | None], micro: MicroBatch) -> dict[str, Any]:
+    return {name: _like(value, micro) for name, value in saved.items()}
 
 
 def _like(saved: Tensor | None, micro: MicroBatch) -> Tensor | None:
@@ -151,9 +164,11 @@ def _plain(prompt: Prompt) -> dict[str, Any]:
         "messages": [(m.role, m.content) for m in prompt.messages],
         "response": prompt.response,
         "complete": prompt.complete,
+        "rejected": prompt.rejected,
     }
 
 
 def _prompt(values: dict[str, Any]) -> Prompt:
     messages = tuple(Message(role=role, content=text) for role, text in values["messages"])
-    return Prompt(messages=messages, response=values["response"], complete=values["complete"])
+    rest = {name: values[name] for name in ("response", "complete", "rejected")}
+    return Prompt(messages=messages, **rest)

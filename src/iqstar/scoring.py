@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -56,23 +56,29 @@ class RolloutScorer:
         with self.policy.reference() as model:
             return self._score(model, self.sequences, self._known)
 
+    def unconditioned(self, model: CausalLM) -> HeadDistributions:
+        """Another frozen model of the same vocabulary, given the unmodified prompts."""
+        return self._score(model, [pack_prompts(model, part) for part in self.micro_batches])
+
     def conditioned(
-        self, principle: str, placement: str, model: CausalLM | None = None
+        self, principle: str | Sequence[str], placement: str, model: CausalLM | None = None
     ) -> HeadDistributions:
         """A frozen model at every response token, told a principle.
 
         The reference goes on from what it has read of each prompt before the principle.
 
         Args:
-            principle: The text; never cut.
+            principle: The text, never cut; or one for each row of the rollout.
             placement: Where it goes (:meth:`iqstar.chat.ChatFormat.prompt_ids`).
             model: Another frozen model of the same vocabulary; None for the reference.
         """
         with self.policy.reference() as reference:
             chosen = model or reference
+            sizes = [len(part) for part in self.micro_batches]
+            texts = iter([principle] * sum(sizes) if isinstance(principle, str) else principle)
             packed = [
-                pack_prompts(chosen, rollout, principle, placement)
-                for rollout in self.micro_batches
+                pack_prompts(chosen, part, list(islice(texts, size)), placement)
+                for part, size in zip(self.micro_batches, sizes, strict=True)
             ]
             return self._score(chosen, packed, self._known if chosen is reference else None)
 
@@ -112,21 +118,34 @@ class RolloutScorer:
 
 
 def pack_prompts(
-    model: CausalLM, rollout: Rollout, principle: str | None = None, placement: str = "after_user"
+    model: CausalLM,
+    rollout: Rollout,
+    principles: Sequence[str] | None = None,
+    placement: str = "after_user",
 ) -> TokenSequences:
-    """Model inputs of a rollout's rows, its prompts rendered with or without a principle.
+    """Model inputs of a rollout's rows, its prompts rendered with or without principles.
+
+    Args:
+        model: Whose chat format renders them.
+        rollout: The rows.
+        principles: One for each row.
+        placement: Where they go.
 
     Raises:
         InputError: If a row is longer than the model's positions.
     """
     chat = model.chat
-    contexts = [chat.prompt_ids(p.messages, principle, placement) for p in rollout.prompts]
+    told: Sequence[str | None] = principles or [None] * len(rollout)
+    contexts = [
+        chat.prompt_ids(prompt.messages, text, placement)
+        for prompt, text in zip(rollout.prompts, told, strict=True)
+    ]
     sequences = pack(contexts, rollout, chat.pad_id)
     longest = sequences.input_ids.shape[1]
     if model.max_tokens is not None and longest > model.max_tokens:
-        told = " with its principle" if principle else ""
+        also = " with its principle" if principles else ""
         raise InputError(
-            f"data.max_prompt_tokens: a prompt{told} and its response make {longest} tokens, more "
+            f"data.max_prompt_tokens: a prompt{also} and its response make {longest} tokens, more "
             f"than the model's {model.max_tokens} positions; lower data.max_prompt_tokens or the "
             "rollout's max_new_tokens"
         )

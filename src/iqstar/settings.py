@@ -284,8 +284,9 @@ class Explainer:
                 cls := self._named(setting.value, self.classes(path))
             ):
                 return cls
-        bases = self.classes(path)
-        return bases[0] if bases else None
+        return next(iter([b for b in self.classes(path) if not inspect.isabstract(b)]), None) or (
+            next(iter(_subclasses(self.classes(path))), None)
+        )
 
     def classes(self, path: tuple[str, ...]) -> list[type]:
         """The classes that the type of a place allows (their subclasses are allowed too)."""
@@ -315,16 +316,34 @@ def _follows(key: str, known: Sequence[str]) -> bool:
     return key in known or key in WRAPPERS or key.isdigit()
 
 
+def _initializers(cls: type) -> Iterator[Any]:
+    """The constructors that take a class's settings: its own, and its base's if it hands on."""
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            yield base.__init__  # type: ignore[misc]
+            kinds = {p.kind for p in inspect.signature(base).parameters.values()}
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                return
+
+
 def _parameters(cls: type) -> list[str]:
-    names = inspect.signature(cls).parameters
-    return [n for n, p in names.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if not any("__init__" in vars(base) for base in cls.__mro__[:-1]):
+        return list(inspect.signature(cls).parameters)
+    found: dict[str, None] = {}
+    for init in _initializers(cls):
+        own = list(inspect.signature(init).parameters.items())[1:]
+        found |= {n: None for n, p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    return list(found)
 
 
 def _hints(cls: type) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    except (NameError, TypeError):  # imported for type checkers only
-        return {}
+    found: dict[str, Any] = {}
+    for init in _initializers(cls):
+        try:
+            found = typing.get_type_hints(init) | found
+        except (NameError, TypeError):  # imported for type checkers only
+            continue
+    return found
 
 
 def _classes_in(hint: Any) -> list[type]:

@@ -15,11 +15,11 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
+from iqstar.alignment import AlignmentModule
 from iqstar.atomic import written_beside
 from iqstar.callbacks import run_folder
 from iqstar.evaluation import Evaluation
 from iqstar.export_callback import FOLDER, Export
-from iqstar.module import InverseQStar
 
 ROWS = (
     ("judge", "judge score"),
@@ -60,7 +60,7 @@ class RunSummary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes and prints the summary."""
-        assert isinstance(pl_module, InverseQStar)
+        assert isinstance(pl_module, AlignmentModule)
         self.finished = True
         folder = run_folder(trainer)
         if not trainer.is_global_zero:
@@ -74,9 +74,21 @@ class RunSummary(Callback):
             "seconds": seconds,
             "policy": str(folder / FOLDER) if exports else None,
             "precision": str(trainer.precision),
+            "evaluations": [
+                {
+                    "step": e.step,
+                    "sampled": e.sampled,
+                    "seconds": e.seconds,
+                    "metrics": _numbers(e.metrics),
+                }
+                for e in pl_module.evaluations
+            ],
         }
         write_json(folder / "summary.json", summary)
-        samples = {name: [asdict(s) for s in end.samples] for name, end in ends.items()}
+        samples = {
+            name: [{**asdict(s), **_numbers({"score": s.score})} for s in end.samples]
+            for name, end in ends.items()
+        }
         write_json(folder / "samples.json", samples)
         print_summary(summary, ends, self.examples, pl_module.eval_samples)
 
@@ -99,7 +111,7 @@ def first_and_last(history: Sequence[Evaluation], steps: int) -> dict[str, Evalu
     return ends
 
 
-def summarize(module: InverseQStar, ends: Mapping[str, Evaluation]) -> dict[str, Any]:
+def summarize(module: AlignmentModule, ends: Mapping[str, Evaluation]) -> dict[str, Any]:
     """What was measured; a number that was not is null.
 
     Returns:
@@ -107,7 +119,8 @@ def summarize(module: InverseQStar, ends: Mapping[str, Evaluation]) -> dict[str,
         tokens of KL(π_θ‖π_ref), exact over the vocabulary, nats, T = 1), ``judge`` (name, before,
         after, prompts), ``before`` and ``after`` with all metrics, and the number of weights.
         ``summary.json`` also has ``optimizer_steps``, ``seconds`` (training and evaluation),
-        ``policy`` (path of the trained model) and ``precision``.
+        ``policy`` (path of the trained model), ``precision``, and all ``evaluations`` with the
+        responses that training had sampled and the seconds that it had taken by then.
     """
     before, after = (
         _numbers(ends[name].metrics) if name in ends else None for name in ("before", "after")

@@ -9,6 +9,7 @@ from argparse import SUPPRESS
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing import ProcessRaisedException
 
+from iqstar.alignment import AlignmentModule
 from iqstar.callbacks import KLLimit, PredictionWriter, SampleTable
 from iqstar.chatter import less_chatter
 from iqstar.checkpoints import AtomicCheckpointIO, check_complete, newest_checkpoint
 from iqstar.data import PromptDataModule
 from iqstar.errors import InputError, NonFiniteLossError
 from iqstar.export_callback import Export
-from iqstar.module import InverseQStar
 from iqstar.precision import default_precision
 from iqstar.preemption import Preemption
 from iqstar.progress import ProgressBar, WeightsLine
@@ -39,7 +40,7 @@ from iqstar.strategies import ShardedStrategy
 from iqstar.summary import RunSummary
 
 ROOTS = {
-    "model": InverseQStar,
+    "model": AlignmentModule,
     "data": PromptDataModule,
     "trainer": Trainer,
     "checkpoint": ModelCheckpoint,
@@ -53,7 +54,7 @@ ROOTS = {
 KEYWORDS = ("best", "last", "hpc")
 """What ``--ckpt_path`` may be besides a path."""
 CLI_OPTIONS: dict[str, Any] = {
-    "model_class": InverseQStar,
+    "model_class": AlignmentModule,
     "datamodule_class": PromptDataModule,
     "trainer_class": Trainer,
     "subclass_mode_model": True,
@@ -242,12 +243,17 @@ class IQStarCLI(LightningCLI):
 
 
 @contextmanager
-def readable_errors(settings: list[Setting], options: tuple[str, ...] = ()) -> Iterator[None]:
+def readable_errors(
+    settings: list[Setting],
+    options: tuple[str, ...] = (),
+    classes: Mapping[str, type] = MappingProxyType({}),
+) -> Iterator[None]:
     """Whatever is the user's to mend becomes an InputError; what is ours keeps its traceback.
 
     Args:
         settings: What the user set, to point at.
         options: Further top-level keys of the command.
+        classes: Those of them that take a class, with its base.
     """
     try:
         yield
@@ -255,7 +261,7 @@ def readable_errors(settings: list[Setting], options: tuple[str, ...] = ()) -> I
         raise
     except ArgumentError as error:
         keys = [*ROOTS, "seed_everything", "ckpt_path", "weights_only", "config", *options]
-        raise Explainer(settings, ROOTS, keys).explain(error.message) from error
+        raise Explainer(settings, {**ROOTS, **classes}, keys).explain(error.message) from error
     except MisconfigurationException as error:
         raise InputError(f"trainer: {error}") from error
     except OSError as error:
@@ -277,7 +283,7 @@ def _input_error(error: BaseException) -> InputError | None:
         found = re.findall(r"^iqstar\.errors\.(\w+): (.+)", str(error), flags=re.MULTILINE)
         kinds = {"InputError": InputError, "NonFiniteLossError": NonFiniteLossError}
         return kinds[found[-1][0]](found[-1][1]) if found and found[-1][0] in kinds else None
-    if "Error(s) in loading state_dict for InverseQStar" in str(error):
+    if "Error(s) in loading state_dict for" in str(error):
         first = next((p for p in str(error).split("\n\t")[1:]), "").strip()
         return InputError(
             f"--ckpt_path: the checkpoint does not fit the model ({first}); give one of the same "

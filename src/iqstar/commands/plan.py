@@ -17,6 +17,7 @@ from rich.table import Table
 
 from iqstar.chatter import less_chatter
 from iqstar.errors import InputError
+from iqstar.module import InverseQStar
 from iqstar.planning.footprint import Footprint
 from iqstar.planning.memory import GIB, Layout, Plan, make_plan
 from iqstar.planning.reading import architectures, layout, resident, workload
@@ -98,6 +99,11 @@ def plan_run(cli: PlanCLI) -> dict[str, Any]:
     for name in ("memory", "devices", "prompt_tokens"):
         if options[name] is not None and options[name] <= 0:
             raise InputError(f"--{name}: must be positive, got {options[name]}")
+    if not isinstance(cli.model, InverseQStar):
+        raise InputError(
+            f"model: iqstar plan knows the memory of InverseQStar only, not of "
+            f"{type(cli.model).__name__}"
+        )
     trainer = cli.config_init.trainer
     devices = layout(vars(trainer), options.devices, options.memory)
     work = workload(

@@ -14,6 +14,7 @@ import torch
 
 from iqstar.data import PromptDataModule
 from iqstar.errors import InputError
+from iqstar.estimators import OptimalPolicyEstimator
 from iqstar.evaluation import SCORED_ROWS
 from iqstar.module import InverseQStar
 from iqstar.planning.footprint import Workload
@@ -168,9 +169,10 @@ def architectures(
         )
     else:
         policy = read_architecture(Path(file))
-    key = "model.estimator.init_args.model"
-    names = [getattr(m, "model_name", None) for m in module.estimator.modules()]
-    return policy, {f"estimator's {name}": load_config(name, key=key) for name in names if name}
+    parts = [m for m in module.estimator.modules() if isinstance(m, OptimalPolicyEstimator)]
+    names = [name for part in parts for name in part.own_models()]
+    key = "model.estimator"
+    return policy, {f"estimator's {name}": load_config(name, key=key) for name in names}
 
 
 def read_architecture(file: Path) -> PretrainedConfig:

@@ -5,7 +5,7 @@ Nothing here knows an architecture, nor several devices: :mod:`iqstar.planning.m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -311,9 +311,14 @@ class _Scorer:
         self.hidden.append(hidden.nbytes)
         return HeadDistributions(hidden, self._head)
 
+    def unconditioned(self, model: CausalLM) -> HeadDistributions:
+        """See :class:`iqstar.estimators.FrozenScorer`; as large as the reference, at most."""
+        return self.scored(self.tracer.sequences(self.tracer.work.micro_rows, 0))
+
     def conditioned(
-        self, principle: str, placement: str, model: CausalLM | None = None
+        self, principle: str | Sequence[str], placement: str, model: CausalLM | None = None
     ) -> HeadDistributions:
         """See :class:`iqstar.estimators.FrozenScorer`."""
-        more = len(principle) // CHARACTERS_PER_TOKEN
+        texts = [principle] if isinstance(principle, str) else principle
+        more = max(map(len, texts)) // CHARACTERS_PER_TOKEN
         return self.scored(self.tracer.sequences(self.tracer.work.micro_rows, more))

@@ -1,41 +1,14 @@
-"""What scores a response. A judge measures; it never trains Inverse-Q*."""
+"""Sentiment by a lexicon."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 from iqstar.errors import InputError
+from iqstar.judges.base import Judge, check_pairs
 from iqstar.mdp import Prompt
-
-
-class Judge(ABC):
-    """Scores responses by their text.
-
-    Attributes:
-        name: What the score is called in tables, curves and ``summary.json``.
-        version: Of whatever decides the score; scores of two versions are not compared.
-    """
-
-    name: str
-    version: str
-
-    @abstractmethod
-    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-        """One score for each response.
-
-        Args:
-            prompts: What was asked, one for each response.
-            responses: The responses' texts.
-
-        Returns:
-            The scores, higher is better; NaN where a response could not be scored.
-
-        Raises:
-            ValueError: If there are not as many prompts as responses.
-        """
 
 
 class VaderJudge(Judge):
@@ -63,6 +36,5 @@ class VaderJudge(Judge):
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """VADER's compound score of each response; see :meth:`Judge.score`."""
-        if len(prompts) != len(responses):
-            raise ValueError(f"score: {len(prompts)} prompts, {len(responses)} responses")
+        check_pairs(prompts, responses)
         return [float(self._analyzer.polarity_scores(r)["compound"]) for r in responses]

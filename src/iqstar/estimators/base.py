@@ -1,0 +1,73 @@
+"""What an estimator of the optimal policy π̂* is, and what it may ask for (method §3)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol, runtime_checkable
+
+from torch import nn
+
+from iqstar.chat import ChatFormat
+from iqstar.distributions import TokenDistributions
+from iqstar.errors import InputError
+from iqstar.policy import CausalLM
+
+KEY = "model.estimator.init_args"
+
+
+@runtime_checkable
+class FrozenScorer(Protocol):
+    """What an estimator may ask of a rollout; :class:`iqstar.scoring.RolloutScorer` is one."""
+
+    def conditioned(
+        self, principle: str | Sequence[str], placement: str, model: CausalLM | None = None
+    ) -> TokenDistributions:
+        """A frozen model at every response token, told a principle."""
+        ...
+
+    def unconditioned(self, model: CausalLM) -> TokenDistributions:
+        """Another frozen model at every response token, given the unmodified prompts."""
+        ...
+
+
+class OptimalPolicyEstimator(nn.Module, ABC):
+    """Estimates log π̂* at the response tokens of a rollout."""
+
+    mixes_tokens: ClassVar[bool] = False
+    """Whether a token's credit depends on the seed or on other rows, so that none can be kept."""
+
+    @abstractmethod
+    def estimate(
+        self, scorer: FrozenScorer, reference: TokenDistributions, seed: int
+    ) -> TokenDistributions:
+        """The estimated optimal policy at every response token.
+
+        Args:
+            scorer: Scores the rollout under frozen models.
+            reference: π_ref at every response token.
+            seed: For estimators that draw at random; another one for each rollout.
+
+        Returns:
+            Normalised distributions over the policy's vocabulary.
+        """
+
+    def setup(self, chat: ChatFormat, precision: str) -> None:
+        """Loads what the estimator needs beside the reference; called once before training.
+
+        Args:
+            chat: The policy's chat format.
+            precision: The trainer's.
+        """
+
+    def own_models(self) -> tuple[str, ...]:
+        """Names of the models that it loads beside the reference, those of parts left out."""
+        return ()
+
+    def rewrite(self, rewriting: Callable[[str], str]) -> None:
+        """Replaces every principle text (used by :class:`PlaceboEstimator`).
+
+        Raises:
+            InputError: If the estimator has none.
+        """
+        raise InputError(f"{KEY}.estimator: {type(self).__name__} has no principle to replace")

@@ -1,0 +1,85 @@
+"""What a judge is, and how its scores are asked for without a run depending on it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cache
+
+from iqstar.mdp import Prompt
+
+_log = logging.getLogger(__name__)
+
+
+class Judge(ABC):
+    """Scores responses by their text.
+
+    Attributes:
+        name: What the score is called in tables, curves and ``summary.json``.
+        version: Of whatever decides the score; scores of two versions are not compared.
+    """
+
+    name: str
+    version: str
+
+    @abstractmethod
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+        """One score for each response.
+
+        Args:
+            prompts: What was asked, one for each response.
+            responses: The responses' texts.
+
+        Returns:
+            The scores, higher is more of what the judge measures; NaN where a response could not
+            be scored.
+
+        Raises:
+            ValueError: If there are not as many prompts as responses.
+        """
+
+
+def scores_of(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
+    """The judge's scores, whatever it does: a run never stops because of its judge.
+
+    Args:
+        judge: Whom to ask.
+        prompts: What was asked, one for each response.
+        responses: The responses' texts.
+
+    Returns:
+        As many scores as responses; NaN where there is none: the judge failed, which is told
+        once for each reason, returned another number of scores, or one that is not finite.
+    """
+    name = getattr(judge, "name", type(judge).__name__)
+    try:
+        scores = [float(score) for score in judge.score(prompts, responses)]
+        if len(scores) != len(responses):
+            raise ValueError(f"{len(scores)} scores for {len(responses)} responses")
+    except Exception as error:  # a judge may be anybody's code, or a server
+        reason = " ".join(str(error).split())[:300] or "no message"
+        warn_once(
+            f"The judge {name} failed ({type(error).__name__}: {reason}); its responses stay "
+            "without a score and the run goes on"
+        )
+        return [math.nan] * len(responses)
+    if not all(map(math.isfinite, scores)):
+        warn_once(
+            f"The judge {name} left responses without a score; the mean is that of the others, "
+            "and judge_missing is their share"
+        )
+    return [score if math.isfinite(score) else math.nan for score in scores]
+
+
+def check_pairs(prompts: Sequence[Prompt], responses: Sequence[str]) -> None:
+    """Raises a ValueError unless there is one prompt for each response."""
+    if len(prompts) != len(responses):
+        raise ValueError(f"score: {len(prompts)} prompts, {len(responses)} responses")
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Logs a warning; the same text again is not repeated in this process."""
+    _log.warning(text)

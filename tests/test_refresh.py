@@ -1,0 +1,92 @@
+"""A reference, or an estimator's model, that follows the policy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fitting import LORA, PROMPTS, SaveAt, attach, copied, fit, make_module, same_bits, trained
+from iqstar.checkpoints import AtomicCheckpointIO
+from iqstar.errors import InputError
+from iqstar.estimators import NullEstimator
+from iqstar.refresh import EMARefresh, PeriodicRefresh
+
+
+def weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def test_an_average_follows_the_policy_by_its_decay(tiny):
+    """By hand: w ← ¾·w + ¼·θ, twice."""
+    module = attach(make_module(tiny))
+    start = weights(module.frozen)
+    with torch.no_grad():
+        for weight in module.actor.parameters():
+            weight += 1.0
+    refresh = EMARefresh(decay=0.75)
+    refresh.apply(module.frozen, module.actor)
+    refresh.apply(module.frozen, module.actor)
+    for name, weight in module.frozen.named_parameters():
+        expected = start[name] + 1 - 0.75**2
+        torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-5)
+        assert not weight.requires_grad
+
+
+def test_a_renewal_waits_for_the_next_rollout(tiny):
+    """Two steps a rollout: with every = 1 the weights of step 2 are taken over, not of step 1."""
+    module = make_module(
+        tiny, refresh=PeriodicRefresh(every=1), micro_batch_size=2, epochs_per_rollout=1
+    )
+    done = fit(module, PROMPTS, batch_size=4, max_steps=3)
+    own = torch.cat([p.flatten() for p in module.frozen.parameters()])
+    assert torch.equal(own, done.weights[2])
+
+
+def test_one_role_alone_may_move(tiny):
+    start = weights(attach(make_module(tiny)).frozen)
+    for of in ("reference", "estimator"):
+        module = make_module(tiny, refresh=EMARefresh(of, decay=0.5))
+        fit(module, PROMPTS, max_steps=3)
+        told = module.estimator.model
+        moved, kept = (module.frozen, told) if of == "reference" else (told, module.frozen)
+        assert same_bits(weights(kept), start)
+        assert not same_bits(weights(moved), start)
+
+
+@pytest.mark.parametrize("of", ["both", "reference", "estimator"])
+def test_a_resumed_run_goes_on_exactly(tiny, tmp_path, of):
+    def build():
+        return make_module(
+            tiny,
+            refresh=EMARefresh(of, every=2, decay=0.5),
+            micro_batch_size=2,
+            epochs_per_rollout=2,
+        )
+
+    more = {"batch_size": 4, "plugins": [AtomicCheckpointIO()]}
+    straight = build()
+    fit(straight, PROMPTS, max_steps=11, **more)
+    path = tmp_path / "stop.ckpt"
+    fit(build(), PROMPTS, max_steps=11, callbacks=[SaveAt(6, path)], **more)
+    second = build()
+    fit(second, PROMPTS, max_steps=11, ckpt_path=path, **more)
+    assert same_bits(copied(trained(straight)), copied(trained(second)))
+    assert same_bits(weights(straight.frozen), weights(second.frozen))
+
+
+def test_without_a_renewal_checkpoints_hold_the_trained_weights_only(tiny):
+    module = attach(make_module(tiny))
+    assert not any(name.startswith(("frozen", "estimator")) for name in module.state_dict())
+    module = attach(make_module(tiny, refresh=EMARefresh()))
+    assert any(name.startswith("frozen") for name in module.state_dict())
+
+
+def test_what_cannot_follow_is_refused(tiny):
+    with pytest.raises(InputError, match="with adapters the reference is the policy"):
+        attach(make_module(tiny, spec={"lora": LORA}, refresh=EMARefresh()))
+    with pytest.raises(InputError, match="NullEstimator asks no such model; use both"):
+        attach(make_module(tiny, NullEstimator(), refresh=EMARefresh("estimator")))
+    with pytest.raises(InputError, match=r"model\.refresh\.init_args\.decay"):
+        EMARefresh(decay=1.0)
+    with pytest.raises(InputError, match=r"model\.refresh\.init_args\.every"):
+        PeriodicRefresh(every=0)
