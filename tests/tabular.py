@@ -85,6 +85,19 @@ def trajectories(mdp: TokenMDP, table: Tensor, number: int, gen: torch.Generator
     return torch.cat(states), torch.cat(actions)
 
 
+def responses(mdp: TokenMDP, table: Tensor, number: int, gen: torch.Generator):
+    """States, actions and mask, each (number, DEPTH), of responses sampled from softmax(table)."""
+    state = torch.zeros(number, dtype=torch.long)
+    columns = []
+    for _ in range(DEPTH):
+        running = state >= 0
+        here = state.clamp(min=0)
+        action = torch.multinomial(table[here].softmax(-1), 1, generator=gen)[:, 0]
+        columns.append((here, action, running))
+        state = torch.where(running, mdp.following[here, action], -1)
+    return (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+
+
 def occupancy(mdp: TokenMDP, logprobs: Tensor) -> Tensor:
     """Probability that a response visits each state."""
     mass = torch.zeros(mdp.states).double()

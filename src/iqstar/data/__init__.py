@@ -5,6 +5,7 @@ from iqstar.data.beavertails import BeaverTails
 from iqstar.data.hh_rlhf import HHRLHF
 from iqstar.data.jsonl import JSONL
 from iqstar.data.loader import EvalBatches, RepeatedBatches
+from iqstar.data.pairs import BeaverTailsPairs, HHPairs, JSONLPairs, SafeRLHFPairs
 from iqstar.data.report import DataReport
 from iqstar.data.sample import Sample
 
@@ -12,9 +13,13 @@ __all__ = [
     "HHRLHF",
     "JSONL",
     "BeaverTails",
+    "BeaverTailsPairs",
     "DataReport",
     "EvalBatches",
+    "HHPairs",
+    "JSONLPairs",
     "PromptDataModule",
     "RepeatedBatches",
+    "SafeRLHFPairs",
     "Sample",
 ]

@@ -1,0 +1,150 @@
+"""DPO: the policy is moved towards the chosen reply of each pair and away from the rejected one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from iqstar.alignment import AlignmentModule
+from iqstar.assignment import MicroBatch, assign_credit
+from iqstar.curves import token_metrics
+from iqstar.distributions import HeadDistributions
+from iqstar.errors import InputError
+from iqstar.estimators import NullEstimator
+from iqstar.head import head_loss
+from iqstar.logprobs import token_logprobs
+from iqstar.mdp import Prompt, Rollout
+from iqstar.policy import PolicySpec
+from iqstar.rollouts import DatasetRollout
+
+
+def dpo_losses(
+    chosen: Float[Tensor, " pairs"],
+    rejected: Float[Tensor, " pairs"],
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, " pairs"]:
+    """−log σ(β·(log-ratio of chosen − log-ratio of rejected)) (DPO, arXiv 2305.18290, eq. 7).
+
+    Args:
+        chosen: log π_θ/π_ref of each chosen reply, summed over its tokens.
+        rejected: The same of the rejected one.
+        beta: β.
+        label_smoothing: Share of the pairs that are assumed to be labelled the wrong way round.
+    """
+    margin = beta * (chosen - rejected)
+    right, wrong = torch.nn.functional.logsigmoid(margin), torch.nn.functional.logsigmoid(-margin)
+    return -(1 - label_smoothing) * right - label_smoothing * wrong
+
+
+class DPO(AlignmentModule):
+    """Direct preference optimisation with the sigmoid loss, on pairs of the data module.
+
+    A micro-batch takes ``micro_batch_size`` pairs; ``model.rollout`` is used for evaluation only,
+    but its ``max_new_tokens`` also cuts the pairs' replies. Both replies of a pair count as
+    samples.
+
+    Args:
+        policy: Which model is trained, and how it is loaded.
+        beta: β, the strength of the pull to the reference.
+        label_smoothing: Share of the pairs that are assumed to be labelled the wrong way round.
+        shared: Those of every method (:class:`iqstar.alignment.AlignmentModule`).
+    """
+
+    kept = ()
+    curves = ("accuracy", "margin")
+
+    def __init__(
+        self, policy: PolicySpec, beta: float = 0.1, label_smoothing: float = 0.0, **shared: Any
+    ) -> None:
+        super().__init__(policy, **shared)
+        if not (math.isfinite(beta) and beta > 0):
+            raise InputError(f"model.beta: must be a positive number, got {beta}")
+        if not 0 <= label_smoothing < 0.5:
+            raise InputError(f"model.label_smoothing: must be in [0, 0.5), got {label_smoothing}")
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+
+    def training_steps(self, prompts: int) -> int:
+        """Training steps on that many pairs; the data module asks for it."""
+        return math.ceil(prompts / (self.micro_batch_size or prompts)) * self.epochs_per_rollout
+
+    def collect(self, prompts: tuple[Prompt, ...], seed: int) -> list[MicroBatch]:
+        """The pairs, each reply a row, a chosen one before its rejected one.
+
+        Raises:
+            InputError: If a prompt has no pair.
+        """
+        assert self.policy is not None
+        alone = next((p for p in prompts if not (p.response and p.rejected)), None)
+        if alone is not None:
+            raise InputError(
+                f"data: DPO trains on pairs, but {alone.messages[-1].content[:60]!r} has none; use "
+                "a data module of pairs, such as iqstar.data.HHPairs"
+            )
+        rows = [
+            side for p in prompts for side in (p, replace(p, response=p.rejected, complete=True))
+        ]
+        engine = DatasetRollout(self.rollout.max_new_tokens)
+        return self.assign(engine.roll_out(self.policy, rows, self.temperature, seed), seed)
+
+    def assign(self, rollout: Rollout, seed: int, resuming: bool = False) -> list[MicroBatch]:
+        """Scores the pairs under the reference; each weighs 1, spread over its tokens."""
+        assert self.policy is not None
+        parts = assign_credit(
+            self.policy,
+            rollout,
+            NullEstimator(),
+            (),
+            temperature=self.temperature,
+            micro_batch_size=self.micro_batch_size or len(rollout) // 2,
+            needs_behaviour=False,
+            seed=seed,
+            group=2,
+        )
+        return [
+            replace(part, tokens=replace(part.tokens, weight=_shares(part.rollout.lengths)))
+            for part in parts
+        ]
+
+    def losses(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum over pairs; see :meth:`AlignmentModule.losses`.
+
+        A pair's loss depends on the sums over both replies, so log-probs are taken first, without
+        gradient; then each token's logit gradient is that of its reply's coefficient times its
+        log-prob, chunk by chunk.
+        """
+        hidden, head = self.actor.hidden(micro.sequences), self.actor.head(self.temperature)
+        tokens, lengths = micro.tokens, micro.rollout.lengths
+        now = HeadDistributions(hidden.detach(), head.prepared()).at(tokens.actions)
+        owner = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
+        ratios = torch.zeros(len(lengths), dtype=now.dtype, device=now.device)
+        ratios = ratios.index_add(0, owner, now - tokens.reference).requires_grad_()
+        with torch.enable_grad():
+            losses = dpo_losses(ratios[::2], ratios[1::2], self.beta, self.label_smoothing)
+            (slope,) = torch.autograd.grad(losses.sum(), ratios)
+
+        def per_token(logits: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            part = tokens[index]
+            pulled = slope[owner[index]] * token_logprobs(logits, part.actions)
+            return pulled, token_metrics(logits.detach(), part, self.beta)
+
+        surrogate, sums = head_loss(hidden, head, per_token)
+        total = losses.detach().sum()
+        margins = (ratios[::2] - ratios[1::2]).detach() * self.beta
+        share = len(tokens) / max(len(margins), 1)  # the curves divide by tokens
+        sums |= {
+            "accuracy": ((margins > 0).sum() + 0.5 * (margins == 0).sum()) * share,
+            "margin": margins.sum() * share,
+        }
+        return surrogate + (total - surrogate).detach(), sums
+
+
+def _shares(lengths: Tensor) -> Float[Tensor, " tokens"]:
+    """What each token weighs, so that a pair weighs 1."""
+    return torch.repeat_interleave(0.5 / lengths.clamp(min=1), lengths)

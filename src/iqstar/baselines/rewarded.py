@@ -1,0 +1,140 @@
+"""What PPO and GRPO share: responses are scored by a judge, and its score is the reward."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from iqstar.alignment import AlignmentModule
+from iqstar.assignment import MicroBatch, assign_credit
+from iqstar.curves import token_metrics
+from iqstar.errors import InputError
+from iqstar.estimators import NullEstimator
+from iqstar.head import head_loss
+from iqstar.judges import Judge, scores_of
+from iqstar.logprobs import sampled_kl, token_logprobs
+from iqstar.losses import AssignedAdvantage, TokenPolicyGradientLoss
+from iqstar.mdp import Rollout
+from iqstar.policy import PolicySpec
+
+
+class RewardedModule(AlignmentModule):
+    """A policy that is trained on the scores of its own responses.
+
+    Args:
+        policy: Which model is trained, and how it is loaded.
+        reward: The judge whose score is the reward. Measure with another one (``judge``), or one
+            that was trained on other prompts.
+        clip_ratio: ε of the clipped ratio π_θ/π_rollout.
+        shared: Those of every method (:class:`iqstar.alignment.AlignmentModule`).
+    """
+
+    beta_power = 1
+    kept: ClassVar[tuple[str, ...]] = ("credit", "weight", "behaviour")
+    curves: ClassVar[tuple[str, ...]] = (
+        "reward",
+        "reward_missing",
+        "advantage",
+        "clip_fraction",
+    )
+    kl_in_loss: float = 0.0
+    """Weight of the sampled KL to the reference in the loss."""
+
+    def __init__(
+        self, policy: PolicySpec, reward: Judge, clip_ratio: float = 0.2, **shared: Any
+    ) -> None:
+        super().__init__(policy, **shared)
+        if not self.rollout.on_policy:
+            raise InputError(
+                f"model.rollout: {type(self).__name__} trains on responses that the policy sampled "
+                f"itself, but {type(self.rollout).__name__} has others; use GenerateRollout with "
+                "source: policy"
+            )
+        self.reward = reward
+        self.loss = TokenPolicyGradientLoss(clip_ratio, AssignedAdvantage())
+
+    def prepare(self, precision: str) -> None:
+        """Lets the rollout engine check what it is needed for."""
+        assert self.policy is not None
+        self.rollout.setup(self.policy, nn.Module(), self.loss, self.temperature, precision)
+
+    def assign(self, rollout: Rollout, seed: int, resuming: bool = False) -> list[MicroBatch]:
+        """Scores the responses, and gives each token its advantage."""
+        assert self.policy is not None
+        parts = assign_credit(
+            self.policy,
+            rollout,
+            NullEstimator(),  # no credit yet: log-probs of policy and reference only
+            (),
+            temperature=self.temperature,
+            micro_batch_size=self.micro_batch_size or len(rollout),
+            needs_behaviour=not resuming,
+            seed=seed,
+        )
+        if resuming:
+            return [self.blank(part) for part in parts]
+        texts = [
+            self.chat.decode(row[mask].tolist())
+            for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
+        ]
+        found = scores_of(self.reward, rollout.prompts, texts)
+        scores = torch.tensor(found, dtype=torch.float32, device=rollout.response_ids.device)
+        sizes = [len(part.rollout) for part in parts]
+        parts = [
+            replace(part, scores=own, tokens=replace(part.tokens, weight=_known(part, own)))
+            for part, own in zip(parts, scores.split(sizes), strict=True)
+        ]
+        return self.advantages(parts)
+
+    @abstractmethod
+    def advantages(self, parts: list[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches with each token's advantage as its credit.
+
+        Args:
+            parts: A rollout, with ``scores``, ``behaviour`` and ``reference``; tokens of responses
+                without a score have weight 0.
+        """
+
+    def blank(self, micro: MicroBatch) -> MicroBatch:
+        """A micro-batch whose advantages follow from a checkpoint."""
+        return micro
+
+    def losses(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The clipped policy gradient; see :meth:`AlignmentModule.losses`."""
+        return self.policy_loss(micro, self.actor.hidden(micro.sequences))
+
+    def policy_loss(
+        self, micro: MicroBatch, hidden: Float[Tensor, "tokens dim"]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum of the policy's token losses, and its metrics.
+
+        Args:
+            micro: Rows that are trained on together.
+            hidden: The policy's states that predict their tokens.
+        """
+
+        def per_token(logits: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            tokens = micro.tokens[index]
+            losses, metrics = self.loss.per_token(logits, tokens, _no_target)
+            if self.kl_in_loss:
+                logprobs = token_logprobs(logits, tokens.actions)
+                losses = losses + self.kl_in_loss * sampled_kl(logprobs, tokens.reference)
+            metrics |= token_metrics(logits.detach(), tokens, self.beta)
+            return losses * tokens.weight, metrics
+
+        return head_loss(hidden, self.actor.head(self.temperature), per_token)
+
+
+def _known(micro: MicroBatch, scores: Float[Tensor, " batch"]) -> Float[Tensor, " tokens"]:
+    """1 at the tokens of responses that have a score, 0 elsewhere."""
+    rows = torch.repeat_interleave(~scores.isnan(), micro.rollout.lengths)
+    return rows.to(micro.tokens.weight)
+
+
+def _no_target() -> Tensor:
+    raise AssertionError("the policy gradient asks for no distribution")

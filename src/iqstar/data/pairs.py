@@ -1,0 +1,116 @@
+"""Pairs of replies for DPO: the only data modules whose labels training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from iqstar.data.beavertails import BeaverTails
+from iqstar.data.hh_rlhf import HHRLHF, parse_dialogue
+from iqstar.data.jsonl import JSONL, parse_messages
+from iqstar.data.reading import Row, find_files, read_file
+from iqstar.data.turns import RowError, UnusableRowError, make_prompt
+from iqstar.mdp import Message, Prompt
+
+
+def with_pair(prompt: Prompt, chosen: str, rejected: str) -> Prompt:
+    """The prompt with both replies.
+
+    Raises:
+        UnusableRowError: If one is empty, or both are the same.
+    """
+    chosen, rejected = chosen.strip(), rejected.strip()
+    if not chosen or not rejected:
+        raise UnusableRowError("pair with an empty reply")
+    if chosen == rejected:
+        raise UnusableRowError("pair with equal replies")
+    return replace(prompt, response=chosen, rejected=rejected)
+
+
+class HHPairs(HHRLHF):
+    """HH-RLHF's own pairs: chosen is preferred to rejected. One pair of each prompt is used."""
+
+    def parse(self, row: Mapping[str, Any]) -> Prompt:
+        """The prompt with both final replies; rows whose prompts differ are skipped."""
+        chosen, rejected = parse_dialogue(row["chosen"]), parse_dialogue(row["rejected"])
+        if chosen.turns != rejected.turns:
+            raise UnusableRowError("pair whose prompts differ")
+        return with_pair(make_prompt(chosen.turns), chosen.reply, rejected.reply)
+
+
+class BeaverTailsPairs(BeaverTails):
+    """BeaverTails: of each prompt its first safe response, preferred to its first unsafe one."""
+
+    def rows(self) -> Iterator[Row]:
+        """One row for each prompt that has both kinds of response; all others are left out."""
+        sides: dict[str, dict[bool, Row]] = {}
+        for row in super().rows():
+            prompt = row.values["prompt"]
+            sides.setdefault(str(prompt).strip(), {}).setdefault(bool(row.values["is_safe"]), row)
+        for found in sides.values():
+            if len(found) == 2:
+                safe, unsafe = found[True], found[False]
+                values = {**safe.values, "rejected": unsafe.values["response"]}
+                yield Row(values=values, source=safe.source, index=safe.index)
+
+    def parse(self, row: Mapping[str, Any]) -> Prompt:
+        """The question, with the safe answer before the unsafe one."""
+        if not isinstance(row["rejected"], str):
+            raise RowError("response must be text")
+        prompt = super().parse(row)
+        return with_pair(prompt, prompt.response or "", row["rejected"])
+
+
+class SafeRLHFPairs(JSONL):
+    """PKU-SafeRLHF (hub: PKU-Alignment/PKU-SafeRLHF): the safer of two responses is preferred."""
+
+    hub_id: ClassVar[str | None] = "PKU-Alignment/PKU-SafeRLHF"
+    layouts: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("prompt", "response_0", "response_1", "safer_response_id"),
+    )
+
+    def parse(self, row: Mapping[str, Any]) -> Prompt:
+        """The question, with the safer answer before the other."""
+        sides = [row["response_0"], row["response_1"]]
+        if not all(isinstance(side, str) for side in sides):
+            raise RowError("response_0 and response_1 must be text")
+        if row["safer_response_id"] not in (0, 1):
+            raise RowError(f"safer_response_id must be 0 or 1, found {row['safer_response_id']!r}")
+        chosen = int(row["safer_response_id"])
+        prompt = make_prompt([Message(role="user", content=str(row["prompt"]).strip())])
+        return with_pair(prompt, sides[chosen], sides[1 - chosen])
+
+
+class JSONLPairs(JSONL):
+    """Your own pairs: rows of prompt (or messages), chosen and rejected.
+
+    Args:
+        heldout_path: File of the prompts to evaluate on, whose rows need no pair; null holds some
+            of the pairs out.
+        shared: Those of :class:`iqstar.data.PromptDataModule`.
+    """
+
+    layouts: ClassVar[tuple[tuple[str, ...], ...]] = (
+        ("prompt", "chosen", "rejected"),
+        ("messages", "chosen", "rejected"),
+    )
+
+    def __init__(self, heldout_path: str | None = None, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.heldout_path = heldout_path
+
+    def heldout_rows(self) -> Iterator[Row] | None:
+        """The rows of ``heldout_path``."""
+        if self.heldout_path is None:
+            return None
+        return (row for file in find_files(self.heldout_path) for row in read_file(file))
+
+    def parse(self, row: Mapping[str, Any]) -> Prompt:
+        """The prompt with both replies; of a row without, as ``heldout_path`` has, the prompt."""
+        if row.get("chosen") is None and row.get("rejected") is None:
+            return make_prompt(parse_messages(row))
+        for side in ("chosen", "rejected"):
+            if not isinstance(row.get(side), str):
+                raise RowError(f"{side} must be text, found {type(row.get(side)).__name__}")
+        return with_pair(make_prompt(parse_messages(row)), row["chosen"], row["rejected"])

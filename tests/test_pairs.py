@@ -1,0 +1,123 @@
+"""Pairs of replies: what DPO trains on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from iqstar.data import BeaverTailsPairs, HHPairs, JSONLPairs, SafeRLHFPairs
+from iqstar.errors import InputError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+HH = SHARED / "hh_rlhf" / "harmless-base_test_a.jsonl.gz"
+BEAVER = SHARED / "beavertails" / "30k_test_a.jsonl.gz"
+real_files = pytest.mark.skipif(not HH.exists(), reason="needs the shared data sets")
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def pairs_of(data):
+    data.setup()
+    prompts = [*data.train_prompts, *data.heldout_prompts]
+    return {p.messages[-1].content: (p.response, p.rejected) for p in prompts}
+
+
+def dialogue(question, reply):
+    return f"\n\nHuman: {question}\n\nAssistant: {reply}"
+
+
+def test_hh_pairs_are_the_final_replies(tmp_path):
+    rows = [
+        {"chosen": dialogue("a", "yes"), "rejected": dialogue("a", "no")},
+        {"chosen": dialogue("b", "same"), "rejected": dialogue("b", "same")},
+        {"chosen": dialogue("c", "yes"), "rejected": dialogue("other", "no")},
+        {"chosen": dialogue("d", "yes"), "rejected": dialogue("d", "")},
+    ]
+    data = HHPairs(path=write(tmp_path / "hh.jsonl", rows), val_prompts=None)
+    assert pairs_of(data) == {"a": ("yes", "no")}
+    assert data.report.skipped == {
+        "pair with equal replies": 1,
+        "pair whose prompts differ": 1,
+        "pair with an empty reply": 1,
+    }
+
+
+def test_beavertails_pairs_a_safe_answer_with_an_unsafe_one(tmp_path):
+    def row(prompt, response, safe):
+        return {"prompt": prompt, "response": response, "is_safe": safe}
+
+    rows = [
+        row("a", "bad", False),
+        row("b", "fine", True),
+        row("a", "good", True),
+        row("a", "better", True),
+        row("b", "finer", True),
+    ]
+    data = BeaverTailsPairs(path=write(tmp_path / "b.jsonl", rows), val_prompts=None)
+    assert pairs_of(data) == {"a": ("good", "bad")}
+
+
+def test_saferlhf_prefers_the_safer_response(tmp_path):
+    rows = [
+        {"prompt": q, "response_0": "x", "response_1": "y", "safer_response_id": safer}
+        for q, safer in (("a", 0), ("b", 1))
+    ]
+    data = SafeRLHFPairs(path=write(tmp_path / "s.jsonl", rows), val_prompts=None)
+    assert pairs_of(data) == {"a": ("x", "y"), "b": ("y", "x")}
+
+
+def test_own_pairs_may_bring_prompts_to_evaluate_on(tmp_path):
+    rows = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    heldout = [{"messages": [{"role": "user", "content": "h"}]}]
+    data = JSONLPairs(
+        path=write(tmp_path / "p.jsonl", rows),
+        heldout_path=write(tmp_path / "h.jsonl", heldout),
+    )
+    data.setup("fit")
+    assert [p.messages[0].content for p in data.heldout_prompts] == ["h"]
+    assert len(data.train_prompts) == 4
+    assert all((p.response, p.rejected) == ("yes", "no") for p in data.train_prompts)
+
+
+@pytest.mark.parametrize(
+    ("cls", "row", "message"),
+    [
+        (JSONLPairs, {"prompt": "a", "chosen": "yes"}, "unknown column layout"),
+        (JSONLPairs, {"prompt": "a", "chosen": 1, "rejected": "no"}, "chosen must be text"),
+        (
+            SafeRLHFPairs,
+            {"prompt": "a", "response_0": "x", "response_1": "y", "safer_response_id": 7},
+            "safer_response_id must be 0 or 1",
+        ),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, cls, row, message):
+    path = write(tmp_path / "bad.jsonl", [row])
+    with pytest.raises(InputError, match=rf"bad\.jsonl:1: {message}"):
+        cls(path=path, val_prompts=None).setup()
+
+
+@real_files
+def test_real_pairs():
+    """Every HH row with agreeing prompts and two different replies, once for each prompt."""
+    with gzip.open(HH, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    data = HHPairs(path=str(HH), val_prompts=None, max_prompt_tokens=None)
+    found = pairs_of(data)
+    assert data.report.rows == len(rows) == 1181
+    assert len(data.heldout_prompts) > 1100
+    for chosen, rejected in found.values():
+        assert chosen != rejected
+        assert any(row["chosen"].rstrip().endswith(chosen) for row in rows)
+    with gzip.open(BEAVER, "rt", encoding="utf-8") as file:
+        answers = [json.loads(line) for line in file]
+    kinds = {(row["prompt"].strip(), row["is_safe"]) for row in answers}
+    both = {prompt for prompt, safe in kinds if safe and (prompt, False) in kinds}
+    beaver = BeaverTailsPairs(path=str(BEAVER), val_prompts=None)
+    assert len(pairs_of(beaver)) == len(both)
