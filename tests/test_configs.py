@@ -1,6 +1,7 @@
 """Every shipped config parses; every experiment trains, on a tiny model and a few rows."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 EXPERIMENTS = [CONFIGS / "quickstart.yaml", *sorted((CONFIGS / "experiment").glob("*.yaml"))]
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 GROUPS = sorted([*(CONFIGS / "estimator").glob("*.yaml"), *(CONFIGS / "loss").glob("*.yaml")])
+BASELINES = sorted((CONFIGS / "baseline").glob("*.yaml"))
+JUDGES = sorted((CONFIGS / "judge").glob("*.yaml"))
 POLICIES = sorted((CONFIGS / "policy").glob("*.yaml"))
 SCALE = sorted((CONFIGS / "scale").glob("*.yaml"))
 ROLLOUTS = sorted((CONFIGS / "rollout").glob("*.yaml"))
@@ -40,7 +43,7 @@ def write_data(folder: Path, data_class: str) -> list[str]:
         return []
     if data_class.endswith("JSONL"):
         return ["--data.path", str(write_prompts(file))]
-    if data_class.endswith("HHRLHF"):
+    if data_class.endswith(("HHRLHF", "HHPairs")):
         rows = [
             {side: f"\n\nHuman: {q}\n\nAssistant: It is {side}." for side in ("chosen", "rejected")}
             for q in questions
@@ -122,6 +125,22 @@ def test_experiments_train(file, tmp_path, tiny, live):
     assert tokenizer.chat_template == live[-1].chat.tokenizer.chat_template
 
 
+@pytest.mark.parametrize("file", BASELINES, ids=names(BASELINES))
+def test_baselines_train(file, tmp_path, tiny, live):
+    """And the model card says what the model was trained on: no word of Inverse-Q*'s."""
+    assert main(["fit", *arguments(file, tmp_path, tiny)]) == 0
+    summary = summary_of(tmp_path)
+    assert summary["optimizer_steps"] == 2
+    # PPO and GRPO take two steps on a rollout; DPO has a pair of each prompt.
+    assert summary["samples"] == {"ppo": 4, "grpo": 16, "dpo": 16}[file.stem]
+    folder = Path(summary["policy"])
+    assert same_logits(live[-1], AutoModelForCausalLM.from_pretrained(folder))
+    card = (folder / "README.md").read_text()
+    assert file.stem.upper() in card
+    assert "No preference label" not in card
+    assert "Inverse-Q" not in card.partition("## All settings")[0]
+
+
 @pytest.mark.parametrize("file", POLICIES, ids=names(POLICIES))
 def test_policies_train(file, tmp_path, tiny, live):
     lora = yaml.safe_load(file.read_text())["model"]["init_args"]["policy"].get("lora")
@@ -185,13 +204,17 @@ def test_groups_combine(file):
     base["init_args"][key] = given
     module = parser.instantiate(parser.parse_object({"model": base})).model
     part = getattr(module, key)
-    assert f"{type(part).__module__}.{type(part).__name__}" == given["class_path"]
+    home, _, name = given["class_path"].rpartition(".")
+    assert type(part) is getattr(import_module(home), name)
 
 
 @pytest.mark.parametrize("file", GROUPS, ids=names(GROUPS))
 def test_groups_train(file, tmp_path, tiny):
     argv = arguments(EXPERIMENTS[0], tmp_path, tiny)
-    assert main(["fit", *argv, f"--model.{file.parent.name}", str(file)]) == 0
+    argv += [f"--model.{file.parent.name}", str(file)]
+    if file.stem == "aligned_pair":  # another model of the same vocabulary
+        argv += ["--model.estimator.aligned", str(tiny_folder(tmp_path / "aligned", seed=1))]
+    assert main(["fit", *argv]) == 0
     assert summary_of(tmp_path)["optimizer_steps"] == 2
 
 
@@ -239,6 +262,7 @@ def test_a_rollout_server_trains(tmp_path, tiny):
 
 def test_no_config_is_left_out():
     tested = [*EXPERIMENTS, *POLICIES, *GROUPS, *STRATEGIES, *SCALE, *ROLLOUTS]
+    tested += [*BASELINES, *JUDGES, CONFIGS / "compare.yaml"]  # the last in test_compare.py
     assert sorted(tested) == sorted(CONFIGS.rglob("*.yaml"))
 
 

@@ -1,0 +1,119 @@
+"""``iqstar compare``: methods side by side, from one YAML, in stages that can be gone on with."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from iqstar.compare import curves as results
+from iqstar.compare.page import claims, markdown, plot
+from iqstar.compare.pairs import write_pairs
+from iqstar.compare.plan import Comparison, Run, main_runs, read_comparison, sweep_runs
+from iqstar.compare.runner import command_of, execute
+from iqstar.compare.setting import build
+from iqstar.errors import InputError
+
+DESCRIPTION = """Trains every method of a comparison on the same policy, prompts, seeds and budget
+of sampled responses: first each family's learning rates are tried, then the methods run with the
+best ones. Every run is a process of its own (iqstar fit); a finished one is never made again, and
+one that was stopped goes on. The table and the plots show what is finished."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(prog="iqstar compare", description=DESCRIPTION)
+    made.add_argument("--config", type=Path, required=True, help="such as configs/compare.yaml")
+    made.add_argument("--output", type=Path, help="folder of the runs; default: runs/NAME of it")
+    made.add_argument("--minutes", type=float, help="stop after so many, to go on another time")
+    made.add_argument("--fast", action="store_true", help="the small version in the YAML")
+    made.add_argument("--data", help="in place of common.data.init_args.path")
+    made.add_argument("--report", type=Path, help="Markdown file; default: results.md in output")
+    made.add_argument("--report-only", action="store_true", help="run nothing")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Makes what is not finished of a comparison, and writes its report.
+
+    Args:
+        argv: The arguments after ``iqstar compare``.
+
+    Returns:
+        The exit code: 0 if all is finished, 75 if the time was over before (run it again).
+
+    Raises:
+        InputError: If the YAML is wrong, or a run fails.
+    """
+    options = parser().parse_args(argv)
+    comparison = read_comparison(options.config, options.fast)
+    if options.data:
+        data = {"data": {"init_args": {"path": options.data}}}
+        comparison = comparison.with_common(data)
+    name = options.config.stem + ("-fast" if options.fast else "")
+    output: Path = options.output or Path("runs") / name
+    output.mkdir(parents=True, exist_ok=True)
+    if options.minutes is not None and options.minutes <= 0:
+        raise InputError(f"--minutes: must be positive, got {options.minutes}")
+    deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    done = not options.report_only and make(comparison, output, deadline)
+    report = options.report or output / "results.md"
+    write_report(comparison, output, report)
+    _say(f"Report: {report}")
+    if not (done or options.report_only):
+        _say("The time is over; the same command goes on")
+    return 0 if done or options.report_only else 75
+
+
+def make(comparison: Comparison, output: Path, deadline: float | None) -> bool:
+    """Makes the runs that are not finished.
+
+    Args:
+        comparison: What to run.
+        output: Folder of the runs.
+        deadline: Of ``time.monotonic``; None for no end.
+
+    Returns:
+        Whether all are finished.
+    """
+    pairs = output / "pairs.jsonl"
+    needed = max((m.responses for m in comparison.methods if m.pairs), default=0)
+    if needed and not pairs.exists():
+        setting = build(comparison.common, comparison.sweep_seed, output / "common.yaml")
+        kept, dropped = write_pairs(setting, needed, pairs)
+        _say(f"{kept} pairs for DPO, {dropped} left out whose responses the judge ties")
+
+    def command(run: Run) -> list[str]:
+        return command_of(run, comparison, output, pairs)
+
+    runs = results.pending(list(sweep_runs(comparison)), output)
+    if not execute(runs, command, output, deadline, _say):
+        return False
+    rates = {name: found.rate for name, found in results.choices(comparison, output).items()}
+    runs = results.pending(list(main_runs(comparison, rates)), output)
+    return execute(runs, command, output, deadline, _say)
+
+
+def write_report(comparison: Comparison, output: Path, report: Path) -> None:
+    """Writes the Markdown page and, in a folder of its name, its plots.
+
+    Args:
+        comparison: What was to be run.
+        output: Folder of the runs.
+        report: The page.
+    """
+    chosen = results.choices(comparison, output)
+    curves = results.finished(comparison, output)
+    parts = ["<!-- written by iqstar compare -->", markdown(comparison, curves, chosen)]
+    if curves:
+        files = plot(comparison, curves, report.with_suffix(""))
+        parts += [claims(comparison, curves)]
+        parts += [f"![{file.stem}]({report.stem}/{file.name})" for file in files]
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()

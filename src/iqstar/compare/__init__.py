@@ -1,0 +1,1 @@
+"""Methods side by side, from one YAML: same policy, prompts, seeds and budget of responses."""

@@ -1,0 +1,88 @@
+"""DPO's pairs: two responses of the reference to each prompt, ordered by the judge."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from iqstar.atomic import written_beside
+from iqstar.compare.setting import Setting
+from iqstar.errors import InputError
+from iqstar.evaluation import evaluation_engine
+from iqstar.judges import scores_of
+from iqstar.loading import load_reference
+from iqstar.mdp import Prompt
+from iqstar.rollouts import rollout_seed
+
+AT_ONCE = 32
+"""Prompts answered together."""
+HELDOUT = "heldout.jsonl"
+"""Beside the pairs: the prompts of all evaluations."""
+
+
+def write_pairs(setting: Setting, responses: int, path: Path) -> tuple[int, int]:
+    """Samples pairs and writes them, with the held-out prompts beside.
+
+    A pair whose responses have the same score, or one without, says nothing and is left out; its
+    responses and its label count all the same.
+
+    Args:
+        setting: What the runs share; its judge orders the pairs.
+        responses: To sample, two to each prompt.
+        path: The file to write.
+
+    Returns:
+        Number of pairs that are written, and of those that are left out.
+
+    Raises:
+        InputError: If there is no judge, or no pair is left.
+    """
+    module, trainer = setting.module, setting.trainer
+    if module.judge is None:
+        raise InputError("common.model.init_args.judge: DPO's pairs are ordered by it; set one")
+    prompts = setting.prompts(responses // 2)
+    precision, plugin = str(trainer.precision), trainer.precision_plugin
+    with plugin.module_init_context():
+        policy = load_reference(module.spec, module.chat, precision)
+    plugin.convert_module(policy.actor).to(trainer.strategy.root_device)
+    engine = evaluation_engine(module.rollout, 2)
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(prompts), AT_ONCE):
+        asked = prompts[start : start + AT_ONCE]
+        with plugin.forward_context():
+            seed = rollout_seed(module.seed, start)
+            rollout = engine.sample(policy.actor, asked, module.temperature, seed)
+        texts = [
+            module.chat.decode(ids[mask].tolist()).strip()
+            for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
+        ]
+        scores = scores_of(module.judge, rollout.prompts, texts)
+        rows += [
+            row
+            for number, prompt in enumerate(asked)
+            if (row := _pair(prompt, texts[2 * number :][:2], scores[2 * number :][:2]))
+        ]
+    if not rows:
+        raise InputError("budget: the judge tells no pair of responses apart; sample more")
+    _write(path, rows)
+    _write(path.with_name(HELDOUT), [_asked(prompt) for prompt in setting.data.heldout_prompts])
+    return len(rows), len(prompts) - len(rows)
+
+
+def _pair(prompt: Prompt, texts: list[str], scores: list[float]) -> dict[str, Any] | None:
+    first, second = scores
+    if math.isnan(first - second) or first == second or not all(texts) or texts[0] == texts[1]:
+        return None
+    better = int(second > first)
+    return {**_asked(prompt), "chosen": texts[better], "rejected": texts[1 - better]}
+
+
+def _asked(prompt: Prompt) -> dict[str, Any]:
+    return {"messages": [{"role": m.role, "content": m.content} for m in prompt.messages]}
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    with written_beside(path) as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

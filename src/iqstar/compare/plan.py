@@ -1,0 +1,259 @@
+"""What a comparison consists of: methods, sweeps of their learning rates, and the runs of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from iqstar.errors import InputError
+
+SDFT = "trl-sdft"
+"""In place of settings: TRL's SDFTTrainer, the outside peer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One curve of the comparison.
+
+    Args:
+        name: In tables and plots.
+        family: Whose learning rate it takes.
+        settings: What it adds to the common settings of ``iqstar fit``, or :data:`SDFT`.
+        responses: Sampled in a whole run.
+        seeds: One run each.
+        steps_per_rollout: Optimiser steps that the responses of one rollout serve.
+        pairs: Whether it trains on pairs sampled from the reference and ordered by the judge.
+        control: Whether it is expected to gain little.
+    """
+
+    name: str
+    family: str
+    settings: Mapping[str, Any] | str
+    responses: int
+    seeds: tuple[int, ...]
+    steps_per_rollout: int = 1
+    pairs: bool = False
+    control: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Methods that share a learning rate.
+
+    Args:
+        name: Of the family.
+        rates: Tried, all with the same budget, ascending.
+        sweep: The method that tries them.
+    """
+
+    name: str
+    rates: tuple[float, ...]
+    sweep: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A whole comparison; what its YAML says.
+
+    Args:
+        common: Settings of ``iqstar fit`` that all methods share.
+        families: By name.
+        methods: In the order of the tables.
+        responses_per_step: Responses of one rollout.
+        sweep_responses: Budget of each run of a sweep.
+        sweep_seed: Its seed.
+        evaluations: Of a run, besides the one before training.
+        principle: What TRL's SDFT is told.
+    """
+
+    common: Mapping[str, Any]
+    families: Mapping[str, Family]
+    methods: tuple[Method, ...]
+    responses_per_step: int
+    sweep_responses: int
+    sweep_seed: int
+    evaluations: int
+    principle: str
+
+    def with_common(self, settings: Mapping[str, Any]) -> Comparison:
+        """The same with other common settings laid over."""
+        return replace(self, common=merged(self.common, settings))
+
+    def method(self, name: str) -> Method:
+        """The method of a name."""
+        return next(m for m in self.methods if m.name == name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run.
+
+    Args:
+        method: What is trained.
+        rate: The learning rate.
+        seed: Of data order and rollouts.
+        responses: Sampled in it.
+        sweep: Whether it looks for the learning rate.
+    """
+
+    method: Method = field(repr=False)
+    rate: float
+    seed: int
+    responses: int
+    sweep: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.method.name}-lr{self.rate:g}-seed{self.seed}-{self.responses}"
+
+    def steps(self, responses_per_step: int) -> int:
+        """Optimiser steps of the run."""
+        rollouts = max(self.responses // responses_per_step, 1)
+        return rollouts * self.method.steps_per_rollout
+
+
+def sweep_runs(comparison: Comparison) -> Iterator[Run]:
+    """The runs that look for each family's learning rate."""
+    for family in comparison.families.values():
+        method = comparison.method(family.sweep)
+        for rate in family.rates:
+            yield Run(
+                method=method,
+                rate=rate,
+                seed=comparison.sweep_seed,
+                responses=comparison.sweep_responses,
+                sweep=True,
+            )
+
+
+def main_runs(comparison: Comparison, rates: Mapping[str, float]) -> Iterator[Run]:
+    """The runs that are compared: first seeds first, so that an early look has every method.
+
+    Args:
+        comparison: What to run.
+        rates: The chosen learning rate of each family.
+    """
+    for number in range(max(len(method.seeds) for method in comparison.methods)):
+        for method in comparison.methods:
+            if number < len(method.seeds):
+                yield Run(
+                    method=method,
+                    rate=rates[method.family],
+                    seed=method.seeds[number],
+                    responses=method.responses,
+                )
+
+
+def read_comparison(file: Path, fast: bool = False) -> Comparison:
+    """Reads a comparison's YAML (docs/compare.md has its keys).
+
+    Args:
+        file: Such as ``configs/compare.yaml``.
+        fast: Take what its ``fast`` says in place of the budgets and seeds.
+
+    Raises:
+        InputError: If it cannot be read, or a key is missing, unknown or senseless.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--config: {file}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{file}: {' '.join(str(error).split())}") from error
+    content = _mapping(file, "the file", content)
+    given = _mapping(file, "fast", content.pop("fast", {}))
+    if fast:
+        content = merged(content, given)
+    try:
+        return _comparison(content)
+    except KeyError as error:
+        raise InputError(f"{file}: {error.args[0]} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping with another laid over it, level by level; a null takes a key away."""
+    result = dict(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = merged(result[key], value)
+        elif value is None:
+            result.pop(key, None)
+        else:
+            result[key] = value
+    return result
+
+
+def _comparison(content: Mapping[str, Any]) -> Comparison:
+    known = {"common", "families", "methods", "budget", "principle"}
+    if unknown := sorted(content.keys() - known):
+        raise ValueError(f"unknown key {unknown[0]}; known: {', '.join(sorted(known))}")
+    budget = content["budget"]
+    methods = tuple(_method(name, fields, budget) for name, fields in content["methods"].items())
+    families = {
+        name: Family(
+            name=name,
+            rates=tuple(sorted(float(rate) for rate in fields["rates"])),
+            sweep=fields["sweep"],
+        )
+        for name, fields in content["families"].items()
+    }
+    names = {method.name for method in methods}
+    for family in families.values():
+        if family.sweep not in names:
+            raise ValueError(f"families.{family.name}.sweep: no method is called {family.sweep}")
+        if not family.rates or family.rates[0] <= 0:
+            raise ValueError(f"families.{family.name}.rates: needs positive learning rates")
+    for method in methods:
+        if method.family not in families:
+            raise ValueError(f"methods.{method.name}.family: no family is called {method.family}")
+    return Comparison(
+        common=content["common"],
+        families=families,
+        methods=methods,
+        responses_per_step=_positive("budget.responses_per_step", budget["responses_per_step"]),
+        sweep_responses=_positive("budget.sweep", budget["sweep"]),
+        sweep_seed=int(budget.get("sweep_seed", 0)),
+        evaluations=_positive("budget.evaluations", budget["evaluations"]),
+        principle=content["principle"],
+    )
+
+
+def _method(name: str, fields: Mapping[str, Any], budget: Mapping[str, Any]) -> Method:
+    known = {"family", "settings", "responses", "seeds", "steps_per_rollout", "pairs", "control"}
+    if unknown := sorted(fields.keys() - known):
+        raise ValueError(f"methods.{name}: unknown key {unknown[0]}; known: {sorted(known)}")
+    settings = fields["settings"]
+    if settings != SDFT and not isinstance(settings, Mapping):
+        raise ValueError(f"methods.{name}.settings: give settings of iqstar fit, or {SDFT}")
+    seeds = tuple(int(seed) for seed in fields.get("seeds", [0]))
+    if not seeds:
+        raise ValueError(f"methods.{name}.seeds: needs one or more")
+    return Method(
+        name=name,
+        family=fields["family"],
+        settings=settings,
+        responses=_positive(f"methods.{name}.responses", fields.get("responses", budget["run"])),
+        seeds=seeds,
+        steps_per_rollout=int(fields.get("steps_per_rollout", 1)),
+        pairs=bool(fields.get("pairs", False)),
+        control=bool(fields.get("control", False)),
+    )
+
+
+def _positive(key: str, value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{key}: must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _mapping(file: Path, what: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{file}: {what} must be a mapping of keys to values")
+    return dict(value)

@@ -1,0 +1,88 @@
+"""What the runs of a comparison share, built from its common settings: data, policy, judge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from iqstar.compare.plan import merged
+from iqstar.data import PromptDataModule
+from iqstar.mdp import Prompt
+from iqstar.module import InverseQStar
+from iqstar.settings import read_settings
+from iqstar.training_cli import CLI_OPTIONS, IQStarCLI, readable_errors
+
+NO_ESTIMATOR = {
+    "model": {
+        "class_path": "iqstar.InverseQStar",
+        "init_args": {"estimator": {"class_path": "iqstar.estimators.NullEstimator"}},
+    }
+}
+"""Makes the common settings those of a whole run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What the runs share.
+
+    Args:
+        module: Holds the policy's specification, the rollout engine and the judge; no weights yet.
+        data: Its prompts are read and split.
+        trainer: Of one device, for its precision.
+    """
+
+    module: InverseQStar
+    data: PromptDataModule
+    trainer: Trainer
+
+    def prompts(self, number: int) -> list[Prompt]:
+        """The first prompts that a run trains on, in its order."""
+        found: list[Prompt] = []
+        loader = self.data.train_dataloader()
+        while len(found) < number:
+            for batch in loader:
+                found += batch.prompts if batch.step == 0 else ()
+        return found[:number]
+
+
+class _CommonCLI(IQStarCLI):
+    """Reads settings; its trainer has one device and leaves no run behind."""
+
+    def _parse_ckpt_path(self) -> None:
+        """There is none."""
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        config |= {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
+        config["enable_checkpointing"] = False
+        return super()._instantiate_trainer(config, callbacks)
+
+
+def build(common: Mapping[str, Any], seed: int, file: Path) -> Setting:
+    """Builds what the common settings describe.
+
+    Args:
+        common: Settings of ``iqstar fit`` without an estimator.
+        seed: Of the run.
+        file: Where the settings may be written, for the parser to read.
+
+    Raises:
+        InputError: If they are wrong, or the data cannot be read.
+    """
+    settings = merged(merged(NO_ESTIMATOR, common), {"seed_everything": seed})
+    file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    arguments = ["--config", str(file)]
+    with readable_errors(read_settings(arguments)):
+        cli = _CommonCLI(
+            args=arguments, run=False, parser_kwargs={"exit_on_error": False}, **CLI_OPTIONS
+        )
+        cli.trainer.strategy.connect(cli.model)  # the data module asks it for prompts' lengths
+        cli.datamodule.trainer = cli.trainer
+        cli.datamodule.prepare_data()
+        cli.datamodule.setup("fit")
+    return Setting(module=cli.model, data=cli.datamodule, trainer=cli.trainer)

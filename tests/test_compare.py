@@ -1,0 +1,275 @@
+"""``iqstar compare``: its YAML, its choices, what is read off curves, and a small real one."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from iqstar.cli import main
+from iqstar.compare.curves import Point, best, choose, gain, kl_at, read_curve, responses_to_reach
+from iqstar.compare.page import against
+from iqstar.compare.plan import Family, main_runs, merged, read_comparison, sweep_runs
+from iqstar.compare.runner import execute, settings_of
+from iqstar.errors import InputError
+
+NAN = math.nan
+CONFIG = Path(__file__).parents[1] / "configs" / "compare.yaml"
+
+
+def curve(*scores, kl=0.1, each=100):
+    return tuple(
+        Point(responses=i * each, steps=i, seconds=float(i), score=s, kl=i * kl)
+        for i, s in enumerate(scores)
+    )
+
+
+def run_cli(capsys, *argv):
+    """Exit code and what was told."""
+    capsys.readouterr()
+    code = main([str(a) for a in argv])
+    return code, capsys.readouterr().err
+
+
+# -- what is read off curves: by hand ----------------------------------------------------------
+
+
+def test_responses_to_reach_a_score_lie_between_evaluations():
+    rising = curve(0.0, 0.2, 0.6)
+    assert responses_to_reach(rising, 0.4) == pytest.approx(150)
+    assert responses_to_reach(rising, 0.2) == pytest.approx(100)
+    assert responses_to_reach(rising, -1.0) == 0
+    assert math.isnan(responses_to_reach(rising, 0.7))
+    assert kl_at(rising, 0.4) == pytest.approx(0.15)
+
+
+def test_a_gap_in_a_curve_is_bridged_not_counted():
+    gappy = curve(0.0, NAN, 0.6)
+    assert responses_to_reach(gappy, 0.3) == pytest.approx(100)
+    assert best(gappy).score == 0.6
+    assert gain(gappy) == pytest.approx(0.6)
+    assert best(curve(NAN, NAN)).responses == 100
+
+
+def test_the_best_rate_wins_and_an_edge_is_said():
+    family = Family(name="f", rates=(1e-5, 2e-5, 4e-5), sweep="m")
+    middle = choose(family, {1e-5: 0.1, 2e-5: 0.3, 4e-5: 0.2})
+    assert (middle.rate, middle.at_edge) == (2e-5, False)
+    edge = choose(family, {1e-5: 0.1, 2e-5: 0.3, 4e-5: 0.4})
+    assert (edge.rate, edge.at_edge) == (4e-5, True)
+    assert choose(family, {1e-5: NAN, 2e-5: 0.1, 4e-5: NAN}).rate == 2e-5
+
+
+def test_one_method_against_another():
+    """Theirs ends at 0.4 after 400; ours is there after 100 at half of the KL, in one of two."""
+    curves = {
+        "theirs": {0: curve(0.0, 0.1, 0.2, 0.3, 0.4)},
+        "ours": {0: curve(0.0, 0.4, kl=0.2), 1: curve(0.0, 0.3)},
+    }
+    found = against(curves, "ours", "theirs")
+    assert found["score"] == pytest.approx(0.4)
+    assert found["response_ratio"] == pytest.approx(0.25)
+    assert found["kl_ratio"] == pytest.approx(0.5)
+    assert found["reached"] == 0.5
+
+
+# -- the YAML ------------------------------------------------------------------------------------
+
+
+def test_the_shipped_comparison_is_that_of_the_docs():
+    whole = read_comparison(CONFIG)
+    assert len(list(sweep_runs(whole))) == 4 * 4
+    rates = dict.fromkeys(whole.families, 1e-5)
+    runs = list(main_runs(whole, rates))
+    assert len(runs) == 5 * 3 + 5
+    assert {r.method.name for r in runs[:10]} == {m.name for m in whole.methods}
+    assert len({run.name for run in runs}) == len(runs)
+    ppo = next(r for r in runs if r.method.name == "ppo")
+    assert ppo.steps(16) == 80
+    fast = read_comparison(CONFIG, fast=True)
+    assert fast.sweep_responses == 4
+    assert fast.method("contrastive").seeds == (0,)
+    assert fast.method("contrastive").settings == whole.method("contrastive").settings
+
+
+def test_settings_of_a_run_hold_its_rate_seed_and_budget(tmp_path):
+    whole = read_comparison(CONFIG)
+    rates = dict.fromkeys(whole.families, 3e-5)
+    runs = {r.method.name: r for r in main_runs(whole, rates) if r.seed == 0}
+    grpo = settings_of(runs["grpo"], whole, tmp_path, tmp_path / "pairs.jsonl")
+    assert grpo["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 3e-5
+    rollout = grpo["model"]["init_args"]["rollout"]["init_args"]
+    assert rollout == {"max_new_tokens": 48, "responses_per_prompt": 4}
+    assert grpo["trainer"]["max_steps"] == 80
+    assert grpo["trainer"]["val_check_interval"] == 16
+    assert grpo["trainer"]["check_val_every_n_epoch"] is None
+    dpo = settings_of(runs["dpo"], whole, tmp_path, tmp_path / "pairs.jsonl")
+    assert dpo["data"]["class_path"] == "iqstar.data.JSONLPairs"
+    assert dpo["data"]["init_args"]["path"].endswith("pairs.jsonl")
+
+
+def test_merging_goes_level_by_level_and_null_takes_away():
+    base = {"a": {"b": 1, "c": [1]}, "d": 2}
+    assert merged(base, {"a": {"c": [2]}, "d": None}) == {"a": {"b": 1, "c": [2]}}
+    assert base == {"a": {"b": 1, "c": [1]}, "d": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": {"ppo": {"family": "none"}}}, r"methods\.ppo\.family: no family is called"),
+        ({"families": {"ppo": {"sweep": "none"}}}, r"families\.ppo\.sweep: no method"),
+        ({"families": {"ppo": {"rates": []}}}, r"families\.ppo\.rates"),
+        ({"budget": {"run": 0}}, "must be a whole number"),
+        ({"budget": {"evaluations": None}}, "evaluations is missing"),
+        ({"methods": {"ppo": {"sedes": [1]}}}, r"methods\.ppo: unknown key sedes"),
+        ({"methods": {"ppo": {"seeds": []}}}, r"methods\.ppo\.seeds"),
+        ({"methods": {"ppo": {"settings": "trl"}}}, r"methods\.ppo\.settings"),
+        ({"tables": {}}, "unknown key tables"),
+    ],
+)
+def test_bad_yaml_names_the_key(tmp_path, change, message):
+    content = merged(yaml.safe_load(CONFIG.read_text(encoding="utf-8")), change)
+    file = tmp_path / "compare.yaml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        read_comparison(file)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"--config: .*none\.yaml"):
+        read_comparison(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [", encoding="utf-8")
+    with pytest.raises(InputError, match=r"broken\.yaml"):
+        read_comparison(broken)
+
+
+# -- running -------------------------------------------------------------------------------------
+
+
+def runs_of(tmp_path, number=2):
+    whole = read_comparison(CONFIG)
+    runs = list(sweep_runs(whole))[:number]
+    for run in runs:
+        (tmp_path / run.name).mkdir()
+    return runs
+
+
+def test_runs_are_made_in_order_and_a_failure_is_told(tmp_path):
+    first, second = runs_of(tmp_path)
+    said = []
+
+    def command(run):
+        code = "print('fine')" if run is first else "raise SystemExit('no memory left')"
+        return [sys.executable, "-c", code]
+
+    with pytest.raises(InputError, match=rf"{second.name} failed \(exit code 1\): no memory left"):
+        execute([first, second], command, tmp_path, None, said.append)
+    assert [line.split(":")[0] for line in said] == [f"1/2 {first.name}"]
+
+
+def test_a_run_is_asked_to_save_itself_when_the_time_is_over(tmp_path):
+    first, second = runs_of(tmp_path)
+    code = (
+        "import pathlib, signal, time\n"
+        f"signal.signal({int(signal.SIGTERM)}, lambda *_: (\n"
+        f"    pathlib.Path({str(tmp_path / 'saved')!r}).touch(), exit(143)))\n"
+        "time.sleep(60)"
+    )
+    said = []
+    deadline = time.monotonic() + 2
+    command = [sys.executable, "-c", code]
+    assert not execute([first, second], lambda _: command, tmp_path, deadline, said.append)
+    assert (tmp_path / "saved").exists()
+    assert len(said) == 1
+    assert not execute([second], lambda _: command, tmp_path, time.monotonic(), said.append)
+    assert len(said) == 1  # nothing was started
+
+
+def small(tmp_path, tiny, **methods):
+    """A comparison on the tiny model that takes seconds."""
+    content = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+    content = merged(content, content.pop("fast"))
+    content["common"]["model"]["init_args"]["policy"] = {"model": str(tiny)}
+    content["common"]["model"]["init_args"]["judge"] = {"class_path": "judging.Vowels"}
+    content["common"]["trainer"] = {"accelerator": "cpu", "precision": "32-true"}
+    content["common"]["data"] = {
+        "class_path": "iqstar.data.Sample",
+        "init_args": {"batch_size": 4, "val_prompts": 4},
+    }
+    kept = {name: merged(content["methods"][name], more) for name, more in methods.items()}
+    content["methods"] = kept
+    families = {method["family"] for method in kept.values()}
+    content["families"] = {
+        name: {**f, "sweep": next(m for m in kept if kept[m]["family"] == name)}
+        for name, f in content["families"].items()
+        if name in families
+    }
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def test_a_small_comparison_end_to_end(tiny, tmp_path, monkeypatch, capsys):
+    """DPO on pairs of its own, and a control; a second call makes nothing again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    file = small(tmp_path, tiny, dpo={}, **{"null": {}})
+    arguments = ["compare", "--config", str(file), "--output", "out"]
+    code, err = run_cli(capsys, *arguments)
+    assert code == 0, err
+    assert "left out whose responses the judge ties" in err
+    report = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert "| dpo |" in report
+    assert "| null (control) |" in report
+    assert "Not done: nothing is missing." in report
+    assert (tmp_path / "out" / "results" / "responses.svg").read_text().startswith("<?xml")
+    (null,) = (p for p in (tmp_path / "out").glob("null-*-8"))
+    points = read_curve(null)
+    assert [p.responses for p in points] == [0, 8]
+    assert points[-1].kl == 0
+    assert points[0].score == points[-1].score
+    assert points[-1].seconds > 0
+    assert not (null / "checkpoints").exists()
+    pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").open()]
+    assert all(row["chosen"] != row["rejected"] for row in pairs)
+
+    again, err = run_cli(capsys, *arguments)
+    assert again == 0
+    assert "1/" not in err
+
+
+def test_the_peer_is_measured_as_all_others_are(tiny, tmp_path, monkeypatch, capsys):
+    """Before training TRL's model is the reference, so its first evaluation is that of any run."""
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    file = small(tmp_path, tiny, **{"null": {}, "trl-sdft": {}})
+    code, err = run_cli(capsys, "compare", "--config", str(file), "--output", "out")
+    assert code == 0, err
+    curves = {p.name.split("-lr")[0]: read_curve(p) for p in (tmp_path / "out").glob("*-8")}
+    assert curves["trl-sdft"][0] == curves["null"][0]
+    assert curves["trl-sdft"][-1].responses == 8
+    assert curves["trl-sdft"][-1].kl > 0
+
+
+@pytest.mark.slow
+def test_the_fast_comparison_of_the_makefile(tmp_path, monkeypatch, capsys):
+    """FAST=1 with the bundled model: everything works, in under six minutes."""
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    shared = Path(__file__).parents[2] / "shared" / "data" / "hh_rlhf"
+    data = shared / "harmless-base_test_a.jsonl.gz"
+    if not data.exists():
+        pytest.skip("needs HH-RLHF rows")
+    code, err = run_cli(capsys, "compare", "--config", str(CONFIG), "--fast", "--data", str(data))
+    assert code == 0, err
+    report = (tmp_path / "runs" / "compare-fast" / "results.md").read_text(encoding="utf-8")
+    assert "Not done: nothing is missing." in report
