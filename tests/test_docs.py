@@ -55,7 +55,7 @@ def command_lines() -> list[str]:
 
 
 def iqstar_commands() -> list[str]:
-    pattern = r"\biqstar (?:fit|validate|test|predict|score|audit|export) .*"
+    pattern = r"\biqstar (?:fit|validate|test|predict|score|probe|eval|audit|export) .*"
     found = (re.search(pattern, line) for line in command_lines())
     return sorted({match[0] for match in found if match})
 

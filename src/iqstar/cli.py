@@ -23,15 +23,19 @@ TRAINING = {
 }
 OTHERS = {
     "audit": "report what a data set holds and what the filters leave of it",
+    "probe": "measure how well an estimator's credit ranks labelled responses, before training",
     "score": "write the credits of a data set's own responses once, for fit to read",
+    "eval": "compare a policy with its reference on held-out prompts, as a report",
+    "compare": "train methods side by side on one budget, and report their curves",
     "plan": "what a run will take of its devices, without loading weights",
     "export": "write the trained model of a checkpoint in Hugging Face format",
+    "harm-judge": "train the harm judge on BeaverTails' labels",
 }
 USAGE = f"""usage: iqstar COMMAND [options]
 
 Inverse-Q*: aligns a language model with a principle in words, at token level, without labels.
 
-{chr(10).join(f"  {name:<10}{text}" for name, text in {**TRAINING, **OTHERS}.items())}
+{chr(10).join(f"  {name:<12}{text}" for name, text in {**TRAINING, **OTHERS}.items())}
 
   iqstar fit --config configs/quickstart.yaml      a first run, about 5 minutes on 2 cores
   iqstar fit --config FILE --print_config          what a run would use
@@ -100,7 +104,7 @@ def _run(arguments: list[str]) -> int:
             f"write it after: iqstar {later} {command} …"
         )
     if command in OTHERS:
-        main_of = import_module(f"iqstar.commands.{command}").main
+        main_of = import_module(f"iqstar.commands.{command.replace('-', '_')}").main
         return int(main_of(rest))
     if command not in TRAINING:
         import difflib

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     out = Path(options.out)
     check_shard_size(options.max_shard_size, "--max_shard_size")
     _check_out(out, options.overwrite)
-    checkpoint = _read(Path(options.ckpt))
+    checkpoint = read_trained(Path(options.ckpt))
     settings = _read_config(Path(options.config)) if options.config else None
     record = record_of_checkpoint(checkpoint, settings)
     spec = policy_spec(record.settings, options.config or options.ckpt)
@@ -136,8 +136,16 @@ def restored(spec: PolicySpec, checkpoint: Mapping[str, Any], where: str) -> Pol
     return Policy(actor=actor, frozen=None, spec=spec)
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], where: str, key: str = "--ckpt"
+) -> None:
     """Puts trained weights in their places.
+
+    Args:
+        model: The policy's.
+        weights: By their names in it.
+        where: The checkpoint's file, for messages.
+        key: What the user gave it with.
 
     Raises:
         InputError: If one is missing, unknown or of another shape.
@@ -148,7 +156,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str) ->
     misfits += [n for n in weights.keys() & own.keys() if weights[n].shape != own[n].shape]
     if misfits:
         raise InputError(
-            f"--ckpt: {where} does not fit the model of its settings ({len(misfits)} weights "
+            f"{key}: {where} does not fit the model of its settings ({len(misfits)} weights "
             f"differ, {misfits[0]} among them); give the config.yaml of the run with --config"
         )
     model.load_state_dict(weights, strict=False)
@@ -215,14 +223,23 @@ def _check_out(out: Path, overwrite: bool) -> None:
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    checkpoint = read_checkpoint(path, "--ckpt", optimizer=False)
+def read_trained(path: Path, key: str = "--ckpt") -> dict[str, Any]:
+    """A checkpoint that holds a policy; its optimiser is left out where that is possible.
+
+    Args:
+        path: The checkpoint.
+        key: What the user gave it with.
+
+    Raises:
+        InputError: If it cannot be read, or is not one of a run.
+    """
+    checkpoint = read_checkpoint(path, key, optimizer=False)
     if not any(name.startswith(PREFIX) for name in checkpoint.get("state_dict", {})):
         raise InputError(
-            f"--ckpt: {path} holds no weights of a policy; give a .ckpt that iqstar fit saved"
+            f"{key}: {path} holds no weights of a policy; give a .ckpt that iqstar fit saved"
         )
     if "iqstar" not in checkpoint:
-        raise InputError(f"--ckpt: {path} was not saved by iqstar fit; give one that was")
+        raise InputError(f"{key}: {path} was not saved by iqstar fit; give one that was")
     return checkpoint
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.progress import track
@@ -21,15 +20,15 @@ from rich.progress import track
 from iqstar import __version__
 from iqstar.assignment import MicroBatch, assign_credit
 from iqstar.chatter import less_chatter
+from iqstar.commands.one_device import OneDeviceCLI, frozen_models, inverse_q_star
 from iqstar.credit_file import write_credits
 from iqstar.errors import InputError
 from iqstar.estimators import OptimalPolicyEstimator
-from iqstar.loading import load_reference
 from iqstar.mdp import Prompt
 from iqstar.module import InverseQStar
 from iqstar.rollouts import DatasetRollout
 from iqstar.scored import origin
-from iqstar.training_cli import CLI_OPTIONS, IQStarCLI, given_settings, readable_errors
+from iqstar.training_cli import CLI_OPTIONS, given_settings, readable_errors
 
 HELP = """usage: iqstar score --config FILE [--KEY VALUE ...] --output FILE [--limit N]
 
@@ -45,26 +44,14 @@ used. Further options:
 OPTIONS = ("output", "limit")
 
 
-class ScoreCLI(IQStarCLI):
-    """Reads what ``iqstar fit`` reads; its trainer has one device and leaves no run behind."""
+class ScoreCLI(OneDeviceCLI):
+    """Reads what ``iqstar fit`` reads, and where to write."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds this command's own options."""
         super().add_arguments_to_parser(parser)
         parser.add_argument("--output", type=str | None, default=None)
         parser.add_argument("--limit", type=int | None, default=None)
-
-    def _parse_ckpt_path(self) -> None:
-        """There is none: credit is that of the model before training."""
-
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
-
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        for key, value in {"devices": 1, "num_nodes": 1, "strategy": "auto"}.items():
-            config[key] = value
-        config["logger"] = config["enable_checkpointing"] = False
-        return super()._instantiate_trainer(config, callbacks)
 
 
 def main(argv: list[str]) -> int:
@@ -89,16 +76,17 @@ def main(argv: list[str]) -> int:
         path, limit = _output(cli.config.output), cli.config.limit
         if limit is not None and limit < 1:
             raise InputError(f"--limit: must be at least 1, got {limit}")
-        check_storable(cli.model.estimator)
+        module = inverse_q_star(cli, "score")
+        check_storable(module.estimator)
         prompts = training_prompts(cli)[:limit]
         about = {
             "version": __version__,
-            "model": cli.model.spec.model,
+            "model": module.spec.model,
             "data": getattr(cli.datamodule, "path", None),
-            "max_new_tokens": cli.model.rollout.max_new_tokens,
+            "max_new_tokens": module.rollout.max_new_tokens,
         }
-        rows = cli.model.micro_batch_size or cli.datamodule.batch_size
-        responses, tokens = score(cli.trainer, cli.model, prompts, rows, path, about)
+        rows = module.micro_batch_size or cli.datamodule.batch_size
+        responses, tokens = score(cli.trainer, module, prompts, rows, path, about)
     sys.stdout.write(
         f"Wrote the credits of {responses:,} responses, {tokens:,} tokens, to {path}\n"
     )
@@ -148,13 +136,8 @@ def score(
     Returns:
         Number of responses and of tokens.
     """
-    precision, device = str(trainer.precision), trainer.strategy.root_device
-    plugin, estimator = trainer.precision_plugin, module.estimator
-    with plugin.module_init_context():
-        policy = load_reference(module.spec, module.chat, precision)
-        estimator.setup(module.chat, precision)
-    for part in (policy.actor, estimator):
-        plugin.convert_module(part).to(device)
+    precision, plugin = str(trainer.precision), trainer.precision_plugin
+    policy, estimator = frozen_models(trainer, module), module.estimator
     engine = DatasetRollout(module.rollout.max_new_tokens)
 
     def micro_batches() -> Iterator[MicroBatch]:
