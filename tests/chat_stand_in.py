@@ -77,7 +77,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content.encode())
 
-    do_GET = do_POST  # a redirection that is followed becomes a GET, and fails here
+    def do_GET(self) -> None:
+        """What a redirection becomes if it is followed."""
+        self.server.asked.append({})
+        self.server.keys.append(self.headers["Authorization"])
+        self.send_error(405)
 
     def log_message(self, *_: Any) -> None:
         pass

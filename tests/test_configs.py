@@ -15,9 +15,10 @@ from cli_tools import end, launch, write_prompts
 from iqstar.chat import ChatFormat
 from iqstar.cli import main
 from iqstar.export_callback import Export
+from iqstar.judges import harm
 from iqstar.mdp import Message
 from iqstar.module import InverseQStar
-from tiny import BOS, EOS, tiny_folder, tiny_tokenizer
+from tiny import BOS, EOS, reward_folder, tiny_folder, tiny_tokenizer
 from vllm_stand_in import stand_in
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -216,6 +217,34 @@ def test_groups_train(file, tmp_path, tiny):
         argv += ["--model.estimator.aligned", str(tiny_folder(tmp_path / "aligned", seed=1))]
     assert main(["fit", *argv]) == 0
     assert summary_of(tmp_path)["optimizer_steps"] == 2
+
+
+@pytest.mark.parametrize("file", JUDGES, ids=names(JUDGES))
+def test_judges_combine(file, tmp_path, monkeypatch):
+    """With what they need in place; what they measure is in tests of their own."""
+    monkeypatch.setattr(harm.HarmModel, "load", lambda path: path)
+    monkeypatch.setenv("IQSTAR_CACHE", str(tmp_path))
+    (tmp_path / "harm.npz").touch()
+    given = yaml.safe_load(file.read_text())
+    if file.stem == "harm":
+        given["init_args"]["path"] = str(tmp_path / "harm.npz")
+    if file.stem == "reward_model":
+        given["init_args"]["model"] = reward_folder(tmp_path / "reward")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(InverseQStar, "model")
+    base = yaml.safe_load(EXPERIMENTS[0].read_text())["model"]
+    base["init_args"]["judge"] = given
+    judge = parser.instantiate(parser.parse_object({"model": base})).model.judge
+    assert f"iqstar.judges.{type(judge).__name__}" == given["class_path"]
+    assert judge.name == file.stem
+    assert judge.version
+
+
+def test_judges_train(tmp_path, tiny):
+    """A judge's file in place of another, as its comment says."""
+    argv = arguments(EXPERIMENTS[0], tmp_path, tiny)
+    assert main(["fit", *argv, "--model.judge", str(CONFIGS / "judge" / "refusal.yaml")]) == 0
+    assert summary_of(tmp_path)["judge"]["name"] == "refusal"
 
 
 def test_scored_rollouts_train(tmp_path, tiny):

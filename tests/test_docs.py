@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 import iqstar
 from iqstar.cli import main
-from iqstar.commands import audit, export
+from iqstar.commands import audit, export, harm_judge
 from iqstar.data import Sample
 from iqstar.estimators import ContrastiveEstimator
 from iqstar.judges import VaderJudge
@@ -55,7 +55,7 @@ def command_lines() -> list[str]:
 
 
 def iqstar_commands() -> list[str]:
-    pattern = r"\biqstar (?:fit|validate|test|predict|score|probe|eval|audit|export) .*"
+    pattern = r"\biqstar (?:fit|validate|test|predict|score|probe|eval|audit|export|harm-judge) .*"
     found = (re.search(pattern, line) for line in command_lines())
     return sorted({match[0] for match in found if match})
 
@@ -74,8 +74,8 @@ def test_commands_parse(line: str, tmp_path: Path, capsys: pytest.CaptureFixture
     if command == "audit":
         audit._parser().parse_args(rest)
         return
-    if command == "export":
-        export._parse(rest)
+    if command in ("export", "harm-judge"):
+        {"export": export, "harm-judge": harm_judge}[command]._parse(rest)
         return
     if not any(argument.endswith(".help") or argument == "--help" for argument in rest):
         rest += [] if "--print_config" in rest else ["--print_config"]
@@ -177,6 +177,13 @@ class Recorder(DummyLogger):
         self.names |= set(metrics)
 
 
+class Hesitant(VaderJudge):
+    """Leaves a response without a score, so that this is logged too."""
+
+    def score(self, prompts: Any, responses: Any) -> list[float]:
+        return [float("nan"), *super().score(prompts, responses)[1:]]
+
+
 @pytest.fixture(scope="module")
 def tiny_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], Path]:
     """Names that one step of a run logs (with the loss that logs most), and the run's folder."""
@@ -186,7 +193,7 @@ def tiny_run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[set[
         estimator=ContrastiveEstimator(principle="Be kind.", antiprinciple="Be rude."),
         loss=TokenPolicyGradientLoss(),
         rollout=GenerateRollout(max_new_tokens=4),
-        judge=VaderJudge(),
+        judge=Hesitant(),
         eval_samples=1,
     )
     logger = Recorder()

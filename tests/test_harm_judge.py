@@ -75,7 +75,7 @@ def test_probabilities_are_those_of_scikit_learn(model):
     vectorizer, classifier = _fitted(examples())
     others = [
         *examples(6),
-        Example(prompt=ask("Hurt me"), response="hurt hurt hurt number", safe=False),
+        Example(prompt=ask("Hurt me"), response="hurt hurt hurt, can help", safe=False),
         Example(prompt=ask("zzz"), response="", safe=True),
     ]
     theirs = classifier.predict_proba(vectorizer.transform(others))[:, 1]

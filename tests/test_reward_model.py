@@ -7,36 +7,13 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaForSequenceClassification
 
 from iqstar.errors import InputError
 from iqstar.judges import RewardModelJudge, scores_of
 from iqstar.judges.base import warn_once
 from iqstar.mdp import Message, Prompt
-from tiny import VOCAB_SIZE, tiny_tokenizer
-
-PAD_ID = 2  # <|pad|> of tiny_tokenizer(pad="own")
-
-
-def reward_folder(folder, pad: int | None = PAD_ID, labels: int = 1, **tokenizer):
-    """A random reward model of the tiny Llama's size, with its tokenizer."""
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        pad_token_id=pad,
-        num_labels=labels,
-        initializer_range=0.3,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForSequenceClassification(config).save_pretrained(folder)
-    tiny_tokenizer(**{"pad": "own", **tokenizer}).save_pretrained(folder)
-    return str(folder)
+from tiny import reward_folder, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

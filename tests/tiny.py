@@ -10,7 +10,12 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 BOS, EOS, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -107,3 +112,31 @@ def tiny_folder(
     tiny_model(**model).save_pretrained(folder)
     tiny_tokenizer(chat_template, pad).save_pretrained(folder)
     return folder
+
+
+def reward_folder(folder: Path, pad: int | None = 2, labels: int = 1, **tokenizer: Any) -> str:
+    """Saves a random reward model of the tiny model's size and its tokenizer.
+
+    Args:
+        folder: Where to.
+        pad: The model's pad token; 2 is ``<|pad|>``.
+        labels: Numbers that it gives.
+        tokenizer: Arguments of :func:`tiny_tokenizer`.
+    """
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        pad_token_id=pad,
+        num_labels=labels,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+    tiny_tokenizer(**{"pad": "own", **tokenizer}).save_pretrained(folder)
+    return str(folder)

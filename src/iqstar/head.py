@@ -20,8 +20,9 @@ BUDGET = 64 * 2**20
 """Bytes that logits and what is computed from them may take on a CPU."""
 BUDGET_ON_GPU = 8 * BUDGET
 """The same on a GPU, which needs larger products to be busy; an estimate, not measured."""
-COPIES = 5
-"""Arrays in float32 of a chunk's size that a loss, its target and its gradient hold at once."""
+COPIES = 7
+"""Arrays in float32 of a chunk's size that are held at once: five by a loss, its target and its
+gradient, and what the matrix products set aside for themselves is worth two more."""
 
 TokenLossFn = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(logits of a chunk, its token indices) → (loss per token, detached metrics per token)."""
@@ -156,7 +157,10 @@ class _HeadLoss(torch.autograd.Function):
             if not grad:
                 continue
             (slope,) = torch.autograd.grad(chunk_sum, logits)
-            slope = slope.mul_(prepared.slope(logits.detach()))
+            factor = prepared.slope(logits.detach())
+            if isinstance(factor, Tensor) or factor != 1:
+                slope = slope.mul_(factor)
+            del logits, losses, chunk_sum, parts  # or they would be held beside the next chunk's
             if grad_bias is not None:
                 grad_bias[: head.vocab_size] += slope.sum(dim=0)
             if grad_weight is not None:
@@ -164,6 +168,7 @@ class _HeadLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 product = slope.to(prepared.weight.dtype) @ prepared.weight
                 grad_hidden[index] = product.to(hidden.dtype)
+            del slope
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 

@@ -131,7 +131,7 @@ def pair_figures(
         )
         if len(matched) >= LEAST:
             found["share_matched"] = bootstrap(
-                lambda rows: pair_share(gap[matched][rows]), [units[i] for i in matched]
+                lambda rows: pair_share(gap[matched][rows]), [units[i] for i in matched.tolist()]
             )
         return found
 
@@ -189,7 +189,9 @@ def category_figures(
         rows = np.flatnonzero(safe | unsafe)
         part = {score: values[rows] for score, values in scores.items()}
         enough = count >= LEAST
-        figures = class_figures(part, safe[rows], [units[i] for i in rows]) if enough else None
+        figures = (
+            class_figures(part, safe[rows], [units[i] for i in rows.tolist()]) if enough else None
+        )
         if count:
             found[name] = (count, figures)
     return found

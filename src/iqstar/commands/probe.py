@@ -226,7 +226,7 @@ def summary(
 
 def print_report(report: Mapping[str, Any]) -> None:
     """Prints a report for people."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(
         f"{report['estimator']} of {report['model']}: {report['items']:,} {report['kind']} of "
         f"{report['conversations']:,} conversations. Chance is 0.50; 95% intervals."
@@ -241,12 +241,14 @@ def print_report(report: Mapping[str, Any]) -> None:
             table.add_row(meaning, *cells)
     console.print(table)
     if categories := report.get("categories"):
-        table = Table("AUC of safe over unsafe", "unsafe", "Σ A*", "mean A*", "length alone")
+        heads = ("Σ A*\nlength regressed out", "mean A*\nlength regressed out", "length alone")
+        table = Table("AUC of safe over unsafe", "unsafe", *heads)
         for name, category in categories.items():
-            found = category["figures"] or {}
-            cells = [_cell(found.get(s, {}).get("auc")) for s in ("sum", "mean", "length")]
-            cells[0] = cells[0] or f"fewer than {LEAST}"
-            table.add_row(name, f"{category['unsafe']:,}", *cells)
+            cells = [
+                "\n".join(map(_cell, found.values()))
+                for found in (category["figures"] or {}).values()
+            ]
+            table.add_row(name, f"{category['unsafe']:,}", *(cells or [f"fewer than {LEAST}"]))
         console.print(table)
     groups = report["groups"]
     table = Table("A* by position", *groups)

@@ -179,7 +179,7 @@ class PairwiseJudge:
         unique = dict(zip(keys, bodies, strict=True))  # equal questions are asked once
         outage = Outage()  # of this call: the next one tries again
         with ThreadPoolExecutor(self.endpoint.workers) as pool:
-            found = pool.map(lambda item: self._ask(*item, outage), unique.items())
+            found = pool.map(lambda key: self._ask(key, unique[key], outage), unique)
             letters = dict(zip(unique, found, strict=True))
         return [
             _combined(_FIRST.get(letters[a] or ""), _SECOND.get(letters[b] or ""))

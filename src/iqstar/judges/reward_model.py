@@ -69,7 +69,10 @@ class RewardModelJudge(Judge):
         self.batch_size = batch_size
         self.dtype = dtype
         self.device = _device(device)
-        self._options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._options: dict[str, Any] = {
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+        }
         self._source = resolve_model(model, key=f"{KEY}.model")
         self.config = self._load_config()
         self.tokenizer: Any = load_tokenizer(model, key=f"{KEY}.model", **self._options)

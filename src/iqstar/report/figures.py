@@ -82,7 +82,7 @@ def means(title: str, judge: Mapping[str, Any]) -> str:
     if not ends:
         return ""
     across = _range([*ends, 0.0])
-    zero, height = _place(0.0, across, WIDTH), 3 * MARGIN + 40 * len(found)
+    zero, height = _place(0.0, across, WIDTH), 2 * MARGIN + 40 * len(found)
     marks = []
     for row, (side, interval) in enumerate(found.items()):
         y, end = MARGIN + 40 * row, _place(interval["value"], across, WIDTH)
