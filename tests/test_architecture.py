@@ -24,7 +24,7 @@ LAYERS = [
     {"scoring", "rollouts", "strategies"},
     {"estimators"},
     {"assignment", "evaluation", "card", "export", "vllm_engines"},
-    {"curves", "resume", "credit_file", "weight_files", "paired_responses"},
+    {"curves", "resume", "credit_file", "weight_files", "paired_responses", "evaluated"},
     {"scored"},
     {"alignment", "vllm_rollout"},
     {"module", "baselines"},
@@ -54,7 +54,7 @@ PACKAGES = {
 FROM_PACKAGES = {"training_cli": {"data"}, "cli": {"data", "commands"}}
 #: Lines of one concept that a split would only scatter; raise no limit without a reason.
 LONG = {"pretrained.py": 350, "data/base.py": 330}
-LONG |= {"chat.py": 330, "settings.py": 410, "planning/run.py": 330, "alignment.py": 520}
+LONG |= {"chat.py": 330, "settings.py": 410, "planning/run.py": 330, "alignment.py": 440}
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 
 

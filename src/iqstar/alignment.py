@@ -10,12 +10,11 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
@@ -23,7 +22,8 @@ from iqstar.assignment import MicroBatch, credit_rows
 from iqstar.chat import ChatFormat
 from iqstar.curves import TRAIN_MEANS, micro_batch_sums, window_curves
 from iqstar.errors import InputError, NonFiniteLossError
-from iqstar.evaluation import Evaluation, Sample, evaluation_metrics, sample_and_score
+from iqstar.evaluated import EvaluatedModule, Progress
+from iqstar.evaluation import Evaluation, Sample
 from iqstar.judges import Judge
 from iqstar.loading import load_policy
 from iqstar.mdp import Prompt, PromptBatch, Rollout
@@ -35,7 +35,7 @@ from iqstar.optim import (
     default_optimizer,
     parameter_groups,
 )
-from iqstar.policy import Policy, PolicySpec
+from iqstar.policy import PolicySpec
 from iqstar.ranks import gather, global_sum
 from iqstar.resume import (
     check_same_frozen,
@@ -52,24 +52,7 @@ from iqstar.rollouts import GenerateRollout, RolloutEngine, rollout_seed
 from iqstar.sharding import whole
 
 
-@dataclass
-class Progress:
-    """What a run has done so far.
-
-    Args:
-        rollouts: Rollouts made by each rank.
-        samples: Responses sampled by all ranks.
-        seconds: Time spent on training steps and their rollouts.
-        clock: When the last optimiser step ended, for the throughput.
-    """
-
-    rollouts: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    clock: float = field(default_factory=time.perf_counter)
-
-
-class AlignmentModule(LightningModule, ABC):
+class AlignmentModule(EvaluatedModule, ABC):
     """A policy that is trained on the micro-batches of one rollout after another.
 
     Args:
@@ -111,7 +94,7 @@ class AlignmentModule(LightningModule, ABC):
         eval_samples: int = 4,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(rollout or GenerateRollout(), judge, eval_samples, seed)
         if not (math.isfinite(temperature) and temperature > 0):
             raise InputError(f"model.temperature: must be a positive number, got {temperature}")
         for name, number in (
@@ -122,22 +105,14 @@ class AlignmentModule(LightningModule, ABC):
             if number < 1:
                 raise InputError(f"model.{name}: must be at least 1, got {number}")
         self.spec = policy
-        self.rollout = rollout or GenerateRollout()
         self.optimizer = optimizer
         self.schedule = schedule or WarmupCosine()
-        self.judge = judge
         self.temperature = temperature
         self.micro_batch_size = micro_batch_size
         self.epochs_per_rollout = epochs_per_rollout
         self.mask_truncated = mask_truncated
-        self.eval_samples = eval_samples
-        self.seed = seed
         self.strict_loading = False  # frozen weights are not in checkpoints
-        self.policy: Policy | None = None
-        self.evaluations: list[Evaluation] = []
-        self.progress = Progress()
         self.train_means = TokenMeans((*TRAIN_MEANS, *self.curves))
-        self.val_means = TokenMeans(("kl", "entropy"))
         self.recipe: str | None = None
         self.command: str | None = None
         self._buffer: list[MicroBatch] = []
@@ -148,7 +123,6 @@ class AlignmentModule(LightningModule, ABC):
         self._saved_rollout: dict[str, Any] | None = None
         self._window_weight = torch.zeros(())
         self._grad_norm = torch.zeros(())
-        self._val_samples: list[Sample] = []
 
     # -- what a method says ------------------------------------------------------------------
 
@@ -381,55 +355,7 @@ class AlignmentModule(LightningModule, ABC):
         count_batches_as_the_loader(self.trainer)
         self.progress.clock = time.perf_counter()
 
-    # -- evaluation --------------------------------------------------------------------------
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Samples responses to held-out prompts and measures them (see ``iqstar.evaluation``)."""
-        assert self.policy is not None
-        records, sums = sample_and_score(
-            self.policy,
-            batch.prompts,
-            self.judge,
-            like=self.rollout,
-            samples=self.eval_samples,
-            seed=rollout_seed(self.seed, batch_idx, self.global_rank),
-        )
-        self.val_means.update(sums)
-        self._val_samples += records
-
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the previous evaluation."""
-        self.val_means.reset()
-        self._val_samples = []
-
-    def on_validation_epoch_end(self) -> None:
-        """Gathers the evaluation over ranks, keeps and logs it; before training, as step 0."""
-        samples = [sample for part in gather(self._val_samples) for sample in part]
-        if not samples:
-            return
-        metrics = evaluation_metrics(samples, self.val_means.compute(), self.judge is not None)
-        self.evaluations.append(
-            Evaluation(
-                step=self.global_step,
-                metrics=metrics,
-                samples=tuple(samples),
-                sampled=self.progress.samples,
-                seconds=round(self.progress.seconds, 3),
-            )
-        )
-        curves = {f"val/{name}": value for name, value in metrics.items()}
-        if self.trainer.sanity_checking:
-            for logger in self.loggers:
-                logger.log_metrics(curves, step=self.global_step)
-        else:
-            self.log_dict(curves, sync_dist=False, rank_zero_only=False)
-
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """The same measurement as validation."""
-        self.validation_step(batch, batch_idx)
-
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_epoch_end = on_validation_epoch_end
+    # -- predictions ------------------------------------------------------------------------
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
         """Responses with the credit of each token (:func:`iqstar.assignment.credit_rows`)."""

@@ -1,0 +1,114 @@
+"""Identity 5 of method §7 for the baselines: two processes make the gradient of one.
+
+Two gloo processes are started once and make all runs, on fixed responses of unequal length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from fitting import ask, attach, distance, fit, join, sgd
+from iqstar import PolicySpec
+from iqstar.baselines import DPO, GRPO, PPO, AdaptiveKL
+from iqstar.errors import InputError
+from iqstar.optim import Constant
+from iqstar.rollouts import DatasetRollout
+from iqstar.strategies import ShardedStrategy
+from judging import Gaps, Vowels
+
+LONG = "The ring and the thing you saw are on the land and in the air"
+PROMPTS = tuple(
+    replace(ask(f"Go on {i}.", LONG[: 40 - 5 * i] if i % 2 == 0 else "a"), rejected="No" + "o" * i)
+    for i in range(8)
+)
+KINDS = {"ppo": PPO, "grpo": GRPO, "dpo": DPO}
+
+
+class Replayed(DatasetRollout):
+    """The data set's responses, taken for the policy's own: the same ones on any processes."""
+
+    on_policy = True
+
+    def __init__(self, responses_per_prompt):
+        super().__init__(80)
+        self.responses_per_prompt = responses_per_prompt
+
+    def roll_out(self, policy, prompts, temperature, seed):
+        more = range(self.responses_per_prompt)
+        rows = [replace(p, response=(p.response or "") + "e" * i) for p in prompts for i in more]
+        return super().roll_out(policy, rows, temperature, seed)
+
+
+def build(folder, kind):
+    options = {} if kind is DPO else {"reward": Vowels()}
+    if kind is PPO:
+        options |= {"kl": AdaptiveKL(target=0.01, horizon=10), "clip_value": None}
+    rollout = Replayed(2 if kind is GRPO else 1)
+    spec = PolicySpec(model=str(folder), dtype="float64")
+    return kind(spec, rollout=rollout, optimizer=sgd(0.05), schedule=Constant(), **options)
+
+
+def run(folder, name, **cut):
+    module = build(folder, KINDS[name])
+    done = fit(module, PROMPTS, precision="64-true", max_steps=4, **cut)
+    own = getattr(getattr(module, "kl", None), "coefficient", None)
+    keys = done.curves[0].keys() - {"train/tokens_per_second"}
+    curves = [{key: values[key] for key in keys} for values in done.curves]
+    return {"gradients": done.gradients, "weights": done.weights, "curves": curves, "kl": own}
+
+
+def work(rank: int, folder: str, out: str) -> None:
+    join(rank, out)
+    strategy = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2}
+    runs = {}
+    for name in KINDS:
+        strategy["strategy"] = DDPStrategy(process_group_backend="gloo")
+        runs[name] = run(folder, name, batch_size=4, **strategy)
+    try:
+        sharded = ShardedStrategy(process_group_backend="gloo")
+        fit(build(folder, PPO), PROMPTS, batch_size=4, max_steps=1, devices=2, strategy=sharded)
+    except InputError as error:
+        runs["sharded"] = str(error)
+    torch.save(runs, Path(out, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def paired(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(work, (str(tiny), str(out)), nprocs=2)
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_two_processes_are_one(tiny, paired, name):
+    """Gradients, curves and weights: whitening, groups and prices are over all ranks."""
+    whole = run(tiny, name, batch_size=8)
+    for rank in paired:
+        for ours, theirs in zip(whole["gradients"], rank[name]["gradients"], strict=True):
+            assert distance(theirs, ours) < 1e-10
+        assert distance(rank[name]["weights"][-1], whole["weights"][-1]) < 1e-10
+        assert rank[name]["kl"] == pytest.approx(whole["kl"], rel=1e-9)
+        for ours, theirs in zip(whole["curves"], rank[name]["curves"], strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-5, abs=1e-6)
+    assert whole["kl"] != 0.05
+
+
+def test_a_value_head_is_not_sharded_in_silence(paired):
+    assert "value head of PPO cannot be sharded; use ddp" in paired[0]["sharded"]
+
+
+def test_a_group_is_never_cut(tiny):
+    """Responses to one prompt are compared whichever micro-batches they are in."""
+    module = attach(build(tiny, GRPO), "64-true")
+    module.reward = Gaps()
+    module.micro_batch_size = 1
+    alone = module.collect(PROMPTS[:2], 0)
+    module.micro_batch_size = None
+    (together,) = module.collect(PROMPTS[:2], 0)
+    torch.testing.assert_close(torch.cat([m.tokens.credit for m in alone]), together.tokens.credit)
