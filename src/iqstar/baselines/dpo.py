@@ -107,10 +107,7 @@ class DPO(AlignmentModule):
             seed=seed,
             group=2,
         )
-        return [
-            replace(part, tokens=replace(part.tokens, weight=_shares(part.rollout.lengths)))
-            for part in parts
-        ]
+        return [replace(part, tokens=replace(part.tokens, weight=_shares(part))) for part in parts]
 
     def losses(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over pairs; see :meth:`AlignmentModule.losses`.
@@ -145,6 +142,8 @@ class DPO(AlignmentModule):
         return surrogate + (total - surrogate).detach(), sums
 
 
-def _shares(lengths: Tensor) -> Float[Tensor, " tokens"]:
+def _shares(micro: MicroBatch) -> Float[Tensor, " tokens"]:
     """What each token weighs, so that a pair weighs 1."""
-    return torch.repeat_interleave(0.5 / lengths.clamp(min=1), lengths)
+    lengths = micro.rollout.lengths
+    of_rows = 0.5 / lengths.clamp(min=1).to(micro.tokens.weight)
+    return torch.repeat_interleave(of_rows, lengths)

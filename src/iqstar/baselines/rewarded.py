@@ -83,7 +83,7 @@ class RewardedModule(AlignmentModule):
             for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
         ]
         found = scores_of(self.reward, rollout.prompts, texts)
-        scores = torch.tensor(found, dtype=torch.float32, device=rollout.response_ids.device)
+        scores = torch.tensor(found).to(parts[0].tokens.reference)
         sizes = [len(part.rollout) for part in parts]
         parts = [
             replace(part, scores=own, tokens=replace(part.tokens, weight=_known(part, own)))
