@@ -114,7 +114,7 @@ def main() -> None:
     """Measures what is asked for, then rewrites the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="labelled rows")
-    parser.add_argument("--limit", type=int, default=200, help="pairs or answers of each file")
+    parser.add_argument("--limit", type=int, default=300, help="pairs or answers of each file")
     parser.add_argument("--only", nargs="+", choices=rows(), default=list(rows()))
     options = parser.parse_args()
     for data in options.data:

@@ -189,11 +189,10 @@ def test_dpo_equals_trls(unpadded, tmp_path):
     theirs.backward()
     assert (total / len(PAIRS)).item() == pytest.approx(theirs.item(), rel=1e-5)
     torch.testing.assert_close(ours, gradient(model), rtol=1e-4, atol=1e-5)
-    assert sums["accuracy"] / len(micro.tokens) == pytest.approx(
-        trainer._metrics["train"]["rewards/accuracies"][-1]
-    )
+    (right, pairs), (margin, _) = sums["accuracy"], sums["margin"]
+    assert right / pairs == pytest.approx(trainer._metrics["train"]["rewards/accuracies"][-1])
     margins = trainer._metrics["train"]["rewards/margins"][-1]
-    assert sums["margin"] / len(micro.tokens) == pytest.approx(margins, rel=1e-4)
+    assert margin / pairs == pytest.approx(margins, rel=1e-4)
 
 
 @pytest.mark.usefixtures("quiet")

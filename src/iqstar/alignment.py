@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from iqstar.assignment import MicroBatch, credit_rows
 from iqstar.chat import ChatFormat
-from iqstar.curves import TRAIN_MEANS, micro_batch_sums, window_curves
+from iqstar.curves import TRAIN_MEANS, Sums, micro_batch_sums, window_curves
 from iqstar.errors import InputError, NonFiniteLossError
 from iqstar.evaluated import EvaluatedModule, Progress
 from iqstar.evaluation import Evaluation, Sample
@@ -138,7 +138,7 @@ class AlignmentModule(EvaluatedModule, ABC):
         """
 
     @abstractmethod
-    def losses(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, micro: MicroBatch) -> tuple[Tensor, Sums]:
         """The weighted sum of a micro-batch's token losses, differentiable, and its metrics' sums.
 
         Args:

@@ -6,6 +6,8 @@ the accumulation window on all ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +16,8 @@ from iqstar.assignment import MicroBatch
 from iqstar.logprobs import entropy, sampled_kl
 from iqstar.mdp import TokenCredits
 
+Sums = Mapping[str, Tensor | tuple[Tensor, Tensor]]
+"""What a method measures in a micro-batch: sums over its tokens, or sums with their own counts."""
 TRAIN_MEANS = (
     "loss",
     "credit",
@@ -43,14 +47,14 @@ def token_metrics(
 
 
 def micro_batch_sums(
-    micro: MicroBatch, loss: Tensor, sums: dict[str, Tensor], beta: float
+    micro: MicroBatch, loss: Tensor, sums: Sums, beta: float
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """(sum, count) of every quantity over a micro-batch.
 
     Args:
         micro: The micro-batch.
         loss: Sum of the weighted losses of its tokens.
-        sums: Sums over its tokens of what the loss and :func:`token_metrics` measured.
+        sums: Of what the loss and :func:`token_metrics` measured.
         beta: Unit of credit.
     """
     count = loss.new_tensor(float(len(micro.tokens)))
@@ -64,7 +68,7 @@ def micro_batch_sums(
         "response_length": (micro.rollout.lengths.sum(), responses),
         "truncation_rate": (truncated, responses),
         "eos_rate": (responses - truncated, responses),
-        **{name: (value, count) for name, value in sums.items()},
+        **{n: v if isinstance(v, tuple) else (v, count) for n, v in sums.items()},
         **({} if micro.scores is None else score_sums(micro.scores)),
     }
 

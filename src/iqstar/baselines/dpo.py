@@ -12,7 +12,7 @@ from torch import Tensor
 
 from iqstar.alignment import AlignmentModule
 from iqstar.assignment import MicroBatch, assign_credit
-from iqstar.curves import token_metrics
+from iqstar.curves import Sums, token_metrics
 from iqstar.distributions import HeadDistributions
 from iqstar.errors import InputError
 from iqstar.estimators import NullEstimator
@@ -109,7 +109,7 @@ class DPO(AlignmentModule):
         )
         return [replace(part, tokens=replace(part.tokens, weight=_shares(part))) for part in parts]
 
-    def losses(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, micro: MicroBatch) -> tuple[Tensor, Sums]:
         """The sum over pairs; see :meth:`AlignmentModule.losses`.
 
         A pair's loss depends on the sums over both replies, so log-probs are taken first, without
@@ -134,12 +134,10 @@ class DPO(AlignmentModule):
         surrogate, sums = head_loss(hidden, head, per_token)
         total = losses.detach().sum()
         margins = (ratios[::2] - ratios[1::2]).detach() * self.beta
-        share = len(tokens) / max(len(margins), 1)  # the curves divide by tokens
-        sums |= {
-            "accuracy": ((margins > 0).sum() + 0.5 * (margins == 0).sum()) * share,
-            "margin": margins.sum() * share,
-        }
-        return surrogate + (total - surrogate).detach(), sums
+        count = margins.new_tensor(float(len(margins)))
+        right = (margins > 0).sum() + 0.5 * (margins == 0).sum()
+        curves: Sums = {**sums, "accuracy": (right, count), "margin": (margins.sum(), count)}
+        return surrogate + (total - surrogate).detach(), curves
 
 
 def _shares(micro: MicroBatch) -> Float[Tensor, " tokens"]:
