@@ -27,7 +27,9 @@ from iqstar.mdp import Message, Prompt, PromptBatch
 from iqstar.optim import Constant
 from iqstar.rollouts import GenerateRollout
 from iqstar.sharding import whole
+from paths import choose
 
+choose()
 # Tiny tensors: threads only cost, most of all on a busy machine.
 torch.set_num_threads(1)
 

@@ -1,0 +1,32 @@
+"""Runs tests on other computing paths: no speed-up may change what they find.
+
+``IQSTAR_PATHS=plain`` turns the optimisations off: nothing that rows share is read once, responses
+come from transformers' ``generate``, weights are cast at every product. ``IQSTAR_PATHS=fast`` turns
+on what is off by default: the attention of the shipped configs.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from functools import wraps
+
+
+def choose() -> None:
+    """Changes defaults as the environment says; also called in processes that tests start."""
+    from iqstar import decoding, policy
+
+    paths = os.environ.get("IQSTAR_PATHS")
+    if not paths:
+        return
+    changed = {"plain": {"share_prefixes": False}, "fast": {"attn_implementation": "grouped"}}
+    own = policy.PolicySpec.__init__
+
+    @wraps(own)
+    def init(self, **given):
+        own(self, **{**changed[paths], **given})
+
+    policy.PolicySpec.__init__ = init
+    if paths == "plain":
+        decoding.fits = lambda *_: False
+        policy.casts_kept = lambda *_: nullcontext()
