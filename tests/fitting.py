@@ -161,6 +161,12 @@ def join(rank: int, folder: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
 
 
+def two_processes(work: Any, model: Any, out: Any) -> list[Any]:
+    """What ``work(rank, model, out)`` saved as ``out/RANK.pt`` in each of two processes."""
+    torch.multiprocessing.spawn(work, (str(model), str(out)), nprocs=2)
+    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
 def make_trainer(precision: str = "32-true", **options: Any) -> Trainer:
     """A Trainer on the CPU that writes nothing."""
     fields: dict[str, Any] = {

@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
     {"errors", "chatter", "precision", "allocator", "vllm_worker"},
-    {"mdp", "ranks", "fingerprint", "atomic", "adapters", "intervals"},
+    {"mdp", "ranks", "fingerprint", "atomic", "adapters", "intervals", "templates"},
     {"ranking"},
     {"checkpoints"},
     {"sharding"},
@@ -32,6 +32,7 @@ LAYERS = [
     {"export_callback", "preemption", "progress"},
     {"summary"},
     {"training_cli"},
+    {"one_device"},
     {"cli"},
 ]
 #: Packages of several files, which may import each other, and what else they may import.
@@ -40,18 +41,27 @@ PACKAGES = {
     "commands": {"errors", "mdp", "data", "settings", "pretrained", "policy", "adapters", "loading"}
     | {"checkpoints", "precision", "card", "export", "planning", "training_cli", "chatter"}
     | {"assignment", "credit_file", "estimators", "module", "rollouts", "scored"}
-    | {"intervals", "ranking", "judges", "compare"}
+    | {"intervals", "ranking", "judges", "compare", "one_device"}
     | {"report", "paired_responses", "summary", "alignment", "resume", "atomic"},
     "report": {"errors", "mdp", "atomic", "intervals", "judges", "paired_responses"},
     "compare": {"errors", "atomic", "intervals", "mdp", "data", "settings", "judges", "metrics"}
-    | {"policy", "loading", "evaluation", "rollouts", "module", "summary", "training_cli"},
+    | {
+        "policy",
+        "loading",
+        "evaluation",
+        "rollouts",
+        "module",
+        "summary",
+        "training_cli",
+        "one_device",
+    },
     "planning": {"errors", "mdp", "data", "pretrained", "attention", "chat", "sampling", "sharding"}
     | {"decoding", "estimators"}
     | {"logprobs", "head", "distributions", "optim", "policy", "loading", "rollouts", "strategies"}
     | {"evaluation", "curves", "module", "vllm_rollout"},
 }
 #: May import a package beside its layers.
-FROM_PACKAGES = {"training_cli": {"data"}, "cli": {"data", "commands"}}
+FROM_PACKAGES = {"training_cli": {"data"}, "one_device": {"data"}, "cli": {"data", "commands"}}
 #: Lines of one concept that a split would only scatter; raise no limit without a reason.
 LONG = {"pretrained.py": 350, "data/base.py": 330}
 LONG |= {"chat.py": 330, "settings.py": 410, "planning/run.py": 330, "alignment.py": 440}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from fitting import ask, attach, distance, fit, join, sgd
+from fitting import ask, attach, distance, fit, join, sgd, two_processes
 from iqstar import PolicySpec
 from iqstar.baselines import DPO, GRPO, PPO, AdaptiveKL
 from iqstar.errors import InputError
@@ -81,9 +81,7 @@ def work(rank: int, folder: str, out: str) -> None:
 
 @pytest.fixture(scope="module")
 def paired(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (str(tiny), str(out)), nprocs=2)
-    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return two_processes(work, tiny, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("name", list(KINDS))

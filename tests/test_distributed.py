@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
 import iqstar.sharding
-from fitting import LORA, LOSSES, ask, attach, distance, fit, join, make_module, sgd
+from fitting import LORA, LOSSES, ask, attach, distance, fit, join, make_module, sgd, two_processes
 from iqstar import InverseQStar
 from iqstar.credit import Whiten
 from iqstar.estimators import NullEstimator
@@ -222,9 +222,7 @@ def work(rank: int, folder: str, out: str) -> None:
 @pytest.fixture(scope="module")
 def paired(tiny, tmp_path_factory):
     """The runs of both processes."""
-    out = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (str(tiny), str(out)), nprocs=2)
-    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return two_processes(work, tiny, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")

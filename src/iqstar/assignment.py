@@ -133,7 +133,7 @@ def credit_rows(policy: Policy, micro: MicroBatch, beta: float, temperature: flo
     for prompt, ids, credit, implied, truncated in columns:
         rows.append(
             {
-                "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+                "prompt": prompt.turns,
                 "response": chat.decode(ids.tolist()),
                 "tokens": pieces(chat, ids.tolist()),
                 "credits": [round(c, 6) for c in credit.tolist()],

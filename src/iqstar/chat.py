@@ -10,11 +10,11 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iqstar.errors import InputError
 from iqstar.mdp import Message
+from iqstar.templates import jinja_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -317,12 +317,4 @@ def _read_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> 
                 "Human/Assistant turns, for base models) or to a Jinja file"
             )
         return None
-    if template == "hh" or "{{" in template or "{%" in template:
-        return template
-    path = Path(template).expanduser()
-    if not path.is_file():
-        raise InputError(
-            f"{_KEY}: {template!r} is neither `hh`, nor Jinja text, nor a file; "
-            "give the path of a .jinja file"
-        )
-    return path.read_text(encoding="utf-8")
+    return template if template == "hh" else jinja_text(template, _KEY, "`hh`")

@@ -165,7 +165,7 @@ def _rows(micro: MicroBatch) -> Iterator[dict[str, Any]]:
                 "32-true, a weaker estimator, or leave it out of the data"
             )
         yield {
-            "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+            "prompt": prompt.turns,
             "response_ids": ids.numpy(),
             "reference": reference.numpy(),
             "credit": credit.numpy(),

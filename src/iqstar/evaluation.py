@@ -90,10 +90,7 @@ def sample_and_score(
         response tokens, in nats at T = 1.
     """
     rollout = evaluation_engine(like, samples).sample(policy.actor, prompts, 1.0, seed)
-    texts = [
-        policy.actor.chat.decode(row[mask].tolist())
-        for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
-    ]
+    texts = [policy.actor.chat.decode(response) for response in rollout.responses]
     missing = [float("nan")] * len(texts)
     scores = scores_of(judge, rollout.prompts, texts) if judge else missing
     records = [

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 Role = Literal["system", "user", "assistant"]
@@ -49,6 +49,11 @@ class Prompt:
     response: str | None = None
     complete: bool = True
     rejected: str | None = None
+
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        """The messages as plain JSON values, as chat templates and files have them."""
+        return [{"role": m.role, "content": m.content} for m in self.messages]
 
 
 class PromptBatch:
@@ -106,6 +111,16 @@ class Rollout:
     def lengths(self) -> Int[Tensor, " batch"]:
         """Number of response tokens in every row."""
         return self.response_mask.sum(dim=1)
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """The token ids of every row's response."""
+        rows = zip(self.response_ids, self.response_mask, strict=True)
+        return [ids[mask].tolist() for ids, mask in rows]
+
+    def spread(self, values: Shaped[Tensor, " batch"]) -> Shaped[Tensor, " tokens"]:
+        """A value of each row, at each of the row's tokens."""
+        return torch.repeat_interleave(values, self.lengths)
 
     @property
     def actions(self) -> Int[Tensor, " tokens"]:
@@ -215,11 +230,7 @@ def concatenate(rollouts: Sequence[Rollout], pad_id: int = 0) -> Rollout:
     """Stacks the rows of several rollouts."""
     stacked = make_rollout(
         [p for r in rollouts for p in r.prompts],
-        [
-            row[mask].tolist()
-            for r in rollouts
-            for row, mask in zip(r.response_ids, r.response_mask, strict=True)
-        ],
+        [response for r in rollouts for response in r.responses],
         [bool(t) for r in rollouts for t in r.truncated],
         pad_id,
     )

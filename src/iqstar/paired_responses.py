@@ -112,15 +112,15 @@ def responses(
         rollout: The responses.
         kl: Of every response, if measured.
     """
-    rows = zip(rollout.response_ids, rollout.response_mask, rollout.truncated, strict=True)
+    rows = zip(rollout.responses, rollout.truncated, strict=True)
     return [
         Response(
-            text=model.chat.decode(ids[mask].tolist()),
-            tokens=int(mask.sum()),
+            text=model.chat.decode(ids),
+            tokens=len(ids),
             truncated=bool(cut),
             kl=None if kl is None else kl[row],
         )
-        for row, (ids, mask, cut) in enumerate(rows)
+        for row, (ids, cut) in enumerate(rows)
     ]
 
 

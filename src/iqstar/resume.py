@@ -114,11 +114,7 @@ def rollout_state(
     return {
         "seed": seed,
         "prompts": [_plain(prompt) for part in parts for prompt in part.prompts],
-        "responses": [
-            row[mask].tolist()
-            for part in parts
-            for row, mask in zip(part.response_ids, part.response_mask, strict=True)
-        ],
+        "responses": [response for part in parts for response in part.responses],
         "truncated": [bool(cut) for part in parts for cut in part.truncated],
         "kept": [
             {name: _own(getattr(micro.tokens, name)) for name in kept} for micro in micro_batches

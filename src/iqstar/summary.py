@@ -74,15 +74,7 @@ class RunSummary(Callback):
             "seconds": seconds,
             "policy": str(folder / FOLDER) if exports else None,
             "precision": str(trainer.precision),
-            "evaluations": [
-                {
-                    "step": e.step,
-                    "sampled": e.sampled,
-                    "seconds": e.seconds,
-                    "metrics": _numbers(e.metrics),
-                }
-                for e in pl_module.evaluations
-            ],
+            "evaluations": evaluation_rows(pl_module.evaluations),
         }
         write_json(folder / "summary.json", summary)
         samples = {
@@ -91,6 +83,19 @@ class RunSummary(Callback):
         }
         write_json(folder / "samples.json", samples)
         print_summary(summary, ends, self.examples, pl_module.eval_samples)
+
+
+def evaluation_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Evaluations without their samples, as plain JSON values."""
+    return [
+        {
+            "step": e.step,
+            "sampled": e.sampled,
+            "seconds": e.seconds,
+            "metrics": _numbers(e.metrics),
+        }
+        for e in evaluations
+    ]
 
 
 def first_and_last(history: Sequence[Evaluation], steps: int) -> dict[str, Evaluation]:

@@ -117,10 +117,10 @@ class DPO(AlignmentModule):
         log-prob, chunk by chunk.
         """
         hidden, head = self.actor.hidden(micro.sequences), self.actor.head(self.temperature)
-        tokens, lengths = micro.tokens, micro.rollout.lengths
+        tokens, rows = micro.tokens, len(micro.rollout)
         now = HeadDistributions(hidden.detach(), head.prepared()).at(tokens.actions)
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
-        ratios = torch.zeros(len(lengths), dtype=now.dtype, device=now.device)
+        owner = micro.rollout.spread(torch.arange(rows, device=hidden.device))
+        ratios = torch.zeros(rows, dtype=now.dtype, device=now.device)
         ratios = ratios.index_add(0, owner, now - tokens.reference).requires_grad_()
         with torch.enable_grad():
             losses = dpo_losses(ratios[::2], ratios[1::2], self.beta, self.label_smoothing)
@@ -142,6 +142,5 @@ class DPO(AlignmentModule):
 
 def _shares(micro: MicroBatch) -> Float[Tensor, " tokens"]:
     """What each token weighs, so that a pair weighs 1."""
-    lengths = micro.rollout.lengths
-    of_rows = 0.5 / lengths.clamp(min=1).to(micro.tokens.weight)
-    return torch.repeat_interleave(of_rows, lengths)
+    lengths = micro.rollout.lengths.clamp(min=1)
+    return micro.rollout.spread(0.5 / lengths.to(micro.tokens.weight))

@@ -53,12 +53,8 @@ class GRPO(RewardedModule):
         scores = torch.cat([part.scores for part in parts if part.scores is not None])
         group = self.rollout.responses_per_prompt
         of_rows = group_advantages(scores, group, self.scale)
+        own = of_rows.split([len(part.rollout) for part in parts])
         return [
-            replace(part, tokens=replace(part.tokens, credit=_spread(own, part)))
-            for part, own in zip(parts, of_rows.split([len(p.rollout) for p in parts]), strict=True)
+            replace(part, tokens=replace(part.tokens, credit=part.rollout.spread(values)))
+            for part, values in zip(parts, own, strict=True)
         ]
-
-
-def _spread(values: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
-    """A response's value at each of its tokens."""
-    return torch.repeat_interleave(values, micro.rollout.lengths).to(micro.tokens.reference)

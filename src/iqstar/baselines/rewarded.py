@@ -78,10 +78,7 @@ class RewardedModule(AlignmentModule):
         )
         if resuming:
             return [self.blank(part) for part in parts]
-        texts = [
-            self.chat.decode(row[mask].tolist())
-            for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
-        ]
+        texts = [self.chat.decode(response) for response in rollout.responses]
         found = scores_of(self.reward, rollout.prompts, texts)
         scores = torch.tensor(found).to(parts[0].tokens.reference)
         sizes = [len(part.rollout) for part in parts]
@@ -132,8 +129,7 @@ class RewardedModule(AlignmentModule):
 
 def _known(micro: MicroBatch, scores: Float[Tensor, " batch"]) -> Float[Tensor, " tokens"]:
     """1 at the tokens of responses that have a score, 0 elsewhere."""
-    rows = torch.repeat_interleave(~scores.isnan(), micro.rollout.lengths)
-    return rows.to(micro.tokens.weight)
+    return micro.rollout.spread(~scores.isnan()).to(micro.tokens.weight)
 
 
 def _no_target() -> Tensor:

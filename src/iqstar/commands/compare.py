@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
+from iqstar.commands.options import OptionParser
 from iqstar.compare import curves as results
 from iqstar.compare.page import claims, markdown, plot
 from iqstar.compare.pairs import write_pairs
@@ -21,9 +21,9 @@ best ones. Every run is a process of its own (iqstar fit); a finished one is nev
 one that was stopped goes on. The table and the plots show what is finished."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OptionParser:
     """The command's options."""
-    made = argparse.ArgumentParser(prog="iqstar compare", description=DESCRIPTION)
+    made = OptionParser("compare", DESCRIPTION)
     made.add_argument("--config", type=Path, required=True, help="such as configs/compare.yaml")
     made.add_argument("--output", type=Path, help="folder of the runs; default: runs/NAME of it")
     made.add_argument("--minutes", type=float, help="stop after so many, to go on another time")
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     Raises:
         InputError: If the YAML is wrong, or a run fails.
     """
-    options = parser().parse_args(argv)
+    options = parser().options(argv)
     comparison = read_comparison(options.config, options.fast)
     if options.data:
         data = {"data": {"init_args": {"path": options.data}}}

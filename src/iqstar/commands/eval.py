@@ -25,11 +25,11 @@ from iqstar import __version__
 from iqstar.atomic import written_beside
 from iqstar.chatter import less_chatter
 from iqstar.checkpoints import check_complete, newest_checkpoint
-from iqstar.commands.one_device import OneDeviceCLI
 from iqstar.commands.sides import KEY, PolicySource, load_sides
 from iqstar.data.categories import categories_by_prompt
 from iqstar.errors import InputError
 from iqstar.judges import HarmJudge, Judge
+from iqstar.one_device import OneDeviceCLI
 from iqstar.paired_responses import Pair, sample_pairs
 from iqstar.report.build import build_report
 from iqstar.report.kept import keep_pairs, kept_pairs, prompts_sha256, stamp
@@ -189,11 +189,7 @@ def hold_out(cli: EvalCLI) -> None:
     Raises:
         InputError: If that is nothing.
     """
-    data, trainer = cli.datamodule, cli.trainer
-    trainer.strategy.connect(cli.model)  # the data module asks it for the length of prompts
-    data.trainer = trainer
-    data.prepare_data()
-    data.setup("validate")
+    data = cli.read_data("validate")
     if not data.heldout_prompts:
         raise InputError(
             f"data: no prompt is held out ({data.report}); raise data.val_prompts, or set it to "

@@ -6,15 +6,13 @@ Example:
 
 from __future__ import annotations
 
-import difflib
-import re
 import sys
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import jsonargparse
 import yaml
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from iqstar.adapters import with_adapters
 from iqstar.card import model_card, record_of_checkpoint
 from iqstar.checkpoints import read_checkpoint
+from iqstar.commands.options import OptionParser
 from iqstar.errors import InputError
 from iqstar.export import SHARD_SIZE, Dtype, check_shard_size, export_policy
 from iqstar.loading import load_whole
@@ -178,17 +177,10 @@ def merged(policy: Policy) -> Policy:
     return replace(policy, actor=CausalLM(model.merge_and_unload(), policy.actor.chat))
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument ([^:]+): ", r"\1: ", message)
-        raise InputError(f"{message}; see iqstar export --help")
-
-
 def _parse(argv: list[str]) -> Namespace:
-    parser = _Parser(
-        prog="iqstar export",
-        allow_abbrev=False,
-        description="Writes the trained model of a checkpoint as a Hugging Face folder (or a PEFT "
+    parser = OptionParser(
+        "export",
+        "Writes the trained model of a checkpoint as a Hugging Face folder (or a PEFT "
         "adapter) with tokenizer, chat template, generation config and a model card.",
     )
     add = parser.add_argument
@@ -200,13 +192,7 @@ def _parse(argv: list[str]) -> Namespace:
     add("--max_shard_size", default=SHARD_SIZE, metavar="SIZE",
         help="largest file of weights, such as 500MB; default: %(default)s")  # fmt: skip
     add("--config", metavar="FILE", help="the run's YAML, in place of the one in the checkpoint")
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see iqstar export --help"
-        raise InputError(f"{unknown[0]}: unknown option; {hint}")
-    return options
+    return parser.options(argv)
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -6,15 +6,13 @@ Example:
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import re
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
-from typing import NoReturn
 
 from iqstar import __version__
+from iqstar.commands.options import OptionParser
 from iqstar.data.labelled import Kind, LabelledItem, read_labelled
 from iqstar.data.reading import find_files
 from iqstar.errors import InputError
@@ -94,17 +92,10 @@ def _identities(path: str | None) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument ([^:]+): ", r"\1: ", message)
-        raise InputError(f"{message}; see iqstar harm-judge --help")
-
-
 def _parse(argv: list[str]) -> Namespace:
-    parser = _Parser(
-        prog="iqstar harm-judge",
-        allow_abbrev=False,
-        description="Trains the harm judge: the probability that a response is safe, from the "
+    parser = OptionParser(
+        "harm-judge",
+        "Trains the harm judge: the probability that a response is safe, from the "
         "words of prompt and response. It prints the AUROC of a cross-validation by prompt.",
     )
     add = parser.add_argument
@@ -113,10 +104,4 @@ def _parse(argv: list[str]) -> Namespace:
     add("--output", required=True, metavar="FILE.npz", help="the file to write")
     add("--split", choices=("a", "b"), help="use half of the prompts, by a hash of how they open: "
         "judges of a and b share none")  # fmt: skip
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see iqstar harm-judge --help"
-        raise InputError(f"{unknown[0]}: unknown option; {hint}")
-    return options
+    return parser.options(argv)

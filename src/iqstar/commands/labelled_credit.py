@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import track
 
 from iqstar.assignment import assign_credit
-from iqstar.commands.one_device import frozen_models
 from iqstar.data.labelled import LabelledItem, LabelledSet
 from iqstar.errors import InputError
 from iqstar.mdp import Prompt
 from iqstar.module import InverseQStar
+from iqstar.one_device import frozen_models
 from iqstar.ranking import Numbers
 from iqstar.rollouts import DatasetRollout
 

@@ -21,11 +21,11 @@ from rich.table import Table
 
 from iqstar.chatter import less_chatter
 from iqstar.commands.labelled_credit import Scored, check_classes, comparable, score
-from iqstar.commands.one_device import OneDeviceCLI, inverse_q_star
 from iqstar.data.labelled import Kind, LabelledSet, read_labelled
 from iqstar.errors import InputError
 from iqstar.intervals import Interval
 from iqstar.module import InverseQStar
+from iqstar.one_device import OneDeviceCLI, inverse_q_star
 from iqstar.ranking import (
     LEAST,
     category_figures,

@@ -20,12 +20,12 @@ from rich.progress import track
 from iqstar import __version__
 from iqstar.assignment import MicroBatch, assign_credit
 from iqstar.chatter import less_chatter
-from iqstar.commands.one_device import OneDeviceCLI, frozen_models, inverse_q_star
 from iqstar.credit_file import write_credits
 from iqstar.errors import InputError
 from iqstar.estimators import OptimalPolicyEstimator
 from iqstar.mdp import Prompt
 from iqstar.module import InverseQStar
+from iqstar.one_device import OneDeviceCLI, frozen_models, inverse_q_star
 from iqstar.rollouts import DatasetRollout
 from iqstar.scored import origin
 from iqstar.training_cli import CLI_OPTIONS, given_settings, readable_errors
@@ -99,12 +99,7 @@ def training_prompts(cli: ScoreCLI) -> tuple[Prompt, ...]:
     Raises:
         InputError: If one has no response.
     """
-    data, trainer = cli.datamodule, cli.trainer
-    trainer.strategy.connect(cli.model)  # the data module asks it for the length of prompts
-    data.trainer = trainer
-    data.prepare_data()
-    data.setup("fit")
-    prompts: tuple[Prompt, ...] = data.train_prompts
+    prompts = cli.read_data("fit").train_prompts
     without = [prompt for prompt in prompts if not prompt.response]
     if without:
         raise InputError(

@@ -54,10 +54,7 @@ def write_pairs(setting: Setting, responses: int, path: Path) -> tuple[int, int]
         with plugin.forward_context():
             seed = rollout_seed(module.seed, start)
             rollout = engine.sample(policy.actor, asked, module.temperature, seed)
-        texts = [
-            module.chat.decode(ids[mask].tolist()).strip()
-            for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)
-        ]
+        texts = [module.chat.decode(response).strip() for response in rollout.responses]
         scores = scores_of(module.judge, rollout.prompts, texts)
         rows += [
             row
@@ -80,7 +77,7 @@ def _pair(prompt: Prompt, texts: list[str], scores: list[float]) -> dict[str, An
 
 
 def _asked(prompt: Prompt) -> dict[str, Any]:
-    return {"messages": [{"role": m.role, "content": m.content} for m in prompt.messages]}
+    return {"messages": prompt.turns}
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -7,7 +7,6 @@ decay, gradients clipped to norm 1. Run as ``python -m iqstar.compare.peer SETTI
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -20,12 +19,12 @@ from transformers import TrainerCallback
 from iqstar.compare.plan import merged
 from iqstar.compare.setting import Setting, build
 from iqstar.errors import InputError
-from iqstar.evaluation import Sample, evaluation_metrics, sample_and_score
+from iqstar.evaluation import Evaluation, Sample, evaluation_metrics, sample_and_score
 from iqstar.loading import load_policy
 from iqstar.metrics import TokenMeans
 from iqstar.policy import Policy
 from iqstar.rollouts import rollout_seed
-from iqstar.summary import write_json
+from iqstar.summary import evaluation_rows, write_json
 
 PLAIN_ATTENTION = {"model": {"init_args": {"policy": {"attn_implementation": "sdpa"}}}}
 
@@ -47,7 +46,7 @@ class Evaluations(TrainerCallback):
         self.policy = policy
         self.interval = interval
         self.responses_per_step = responses_per_step
-        self.found: list[dict[str, Any]] = []
+        self.found: list[Evaluation] = []
         self.seconds = 0.0
         self._started = 0.0
 
@@ -85,12 +84,13 @@ class Evaluations(TrainerCallback):
         self.policy.actor.train(training)
         metrics = evaluation_metrics(samples, means.compute(), module.judge is not None)
         self.found.append(
-            {
-                "step": step,
-                "sampled": step * self.responses_per_step,
-                "seconds": round(self.seconds, 3),
-                "metrics": {k: v if math.isfinite(v) else None for k, v in metrics.items()},
-            }
+            Evaluation(
+                step=step,
+                metrics=metrics,
+                samples=tuple(samples),
+                sampled=step * self.responses_per_step,
+                seconds=round(self.seconds, 3),
+            )
         )
 
 
@@ -121,7 +121,7 @@ def run(given: dict[str, Any]) -> None:
     policy = load_policy(module.spec, module.chat, precision)
     rows = [
         {
-            "prompt": [{"role": m.role, "content": m.content} for m in prompt.messages],
+            "prompt": prompt.turns,
             "privileged_context": given["principle"],
         }
         for prompt in setting.prompts(steps * batch)
@@ -164,7 +164,7 @@ def run(given: dict[str, Any]) -> None:
             "seconds": round(evaluations.seconds, 1),
             "precision": precision,
             "judge": judge,
-            "evaluations": evaluations.found,
+            "evaluations": evaluation_rows(evaluations.found),
         },
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,12 @@ class Run:
         rate: The learning rate.
         seed: Of data order and rollouts.
         responses: Sampled in it.
-        sweep: Whether it looks for the learning rate.
     """
 
-    method: Method = field(repr=False)
+    method: Method
     rate: float
     seed: int
     responses: int
-    sweep: bool = False
 
     @property
     def name(self) -> str:
@@ -127,7 +125,6 @@ def sweep_runs(comparison: Comparison) -> Iterator[Run]:
                 rate=rate,
                 seed=comparison.sweep_seed,
                 responses=comparison.sweep_responses,
-                sweep=True,
             )
 
 

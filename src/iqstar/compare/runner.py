@@ -37,7 +37,6 @@ def settings_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> 
         "model": {"init_args": {"optimizer": {"init_args": {"lr": run.rate}}}},
         "trainer": {
             "max_steps": steps,
-            "check_val_every_n_epoch": None,
             "val_check_interval": max(steps // comparison.evaluations, 1),
             "logger": {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -49,19 +48,9 @@ def settings_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> 
     if run.method.pairs:
         files = {"path": str(pairs), "heldout_path": str(pairs.with_name(HELDOUT))}
         settings = merged(settings, {"data": {"init_args": files}})
-    return _over(settings, own)
-
-
-def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """As :func:`merged`, but a null is a value."""
-    result = dict(base)
-    for key, value in own.items():
-        inner = result.get(key)
-        if isinstance(value, dict) and isinstance(inner, dict):
-            result[key] = _over(inner, value)
-        else:
-            result[key] = value
-    return result
+    settings = merged(settings, own)
+    settings["trainer"]["check_val_every_n_epoch"] = None
+    return settings
 
 
 def command_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> list[str]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback
 
 from iqstar.compare.plan import merged
 from iqstar.data import PromptDataModule
 from iqstar.mdp import Prompt
 from iqstar.module import InverseQStar
+from iqstar.one_device import OneDeviceCLI
 from iqstar.settings import read_settings
 from iqstar.training_cli import CLI_OPTIONS, IQStarCLI, readable_errors
 
@@ -51,16 +51,10 @@ class Setting:
         return found[:number]
 
 
-class _CommonCLI(IQStarCLI):
-    """Reads settings; its trainer has one device and leaves no run behind."""
+class _CommonCLI(OneDeviceCLI):
+    """Reads what the runs share; draws what they draw at the start."""
 
-    def _parse_ckpt_path(self) -> None:
-        """There is none."""
-
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        config |= {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}
-        config["enable_checkpointing"] = False
-        return super()._instantiate_trainer(config, callbacks)
+    _set_seed = IQStarCLI._set_seed
 
 
 def build(common: Mapping[str, Any], seed: int, file: Path) -> Setting:
@@ -81,8 +75,5 @@ def build(common: Mapping[str, Any], seed: int, file: Path) -> Setting:
         cli = _CommonCLI(
             args=arguments, run=False, parser_kwargs={"exit_on_error": False}, **CLI_OPTIONS
         )
-        cli.trainer.strategy.connect(cli.model)  # the data module asks it for prompts' lengths
-        cli.datamodule.trainer = cli.trainer
-        cli.datamodule.prepare_data()
-        cli.datamodule.setup("fit")
-    return Setting(module=cli.model, data=cli.datamodule, trainer=cli.trainer)
+        data = cli.read_data("fit")
+    return Setting(module=cli.model, data=data, trainer=cli.trainer)

@@ -80,17 +80,12 @@ class ResponseEstimator(ToldEstimator):
         rollout = self.engine.roll_out(policy, prompts, temperature, seed)
         ranks = self._ranks(policy, rollout, temperature).view(-1, self.candidates)
         chosen = ranks.argmax(dim=1) + torch.arange(len(prompts)) * self.candidates
-        return [
-            policy.actor.chat.decode(rollout.response_ids[i][rollout.response_mask[i]].tolist())
-            for i in chosen.tolist()
-        ]
+        responses = rollout.responses
+        return [policy.actor.chat.decode(responses[i]) for i in chosen.tolist()]
 
     def _ranks(self, policy: Policy, rollout: Rollout, temperature: float) -> torch.Tensor:
         """Mean over each response's tokens of log π_ref(·|c⁺) − log π_ref(·|c⁻), on the CPU."""
         scorer = RolloutScorer(policy, [rollout], temperature)
         told = [self._told(scorer, name).at(rollout.actions) for name in self.texts]
-        gaps = (told[0] - told[1]).double().cpu()
-        lengths = rollout.lengths.cpu()
-        owner = torch.repeat_interleave(torch.arange(len(rollout)), lengths)
-        sums = torch.zeros(len(rollout), dtype=gaps.dtype).index_add(0, owner, gaps)
-        return sums / lengths.clamp(min=1)
+        gaps = (told[0] - told[1]).double().cpu().split(rollout.lengths.tolist())
+        return torch.stack([gap.sum() / max(len(gap), 1) for gap in gaps])

@@ -1,6 +1,6 @@
 """Judges: what scores a response, or compares two. A judge measures; it never trains Inverse-Q*."""
 
-from iqstar.judges.base import Judge, scores_of
+from iqstar.judges.base import Judge, asked, scores_of
 from iqstar.judges.harm import HarmJudge
 from iqstar.judges.pairwise import Comparison, PairwiseJudge, Tally
 from iqstar.judges.refusal import RefusalJudge, is_refusal
@@ -18,6 +18,7 @@ __all__ = [
     "Tally",
     "VaderJudge",
     "WinRateJudge",
+    "asked",
     "is_refusal",
     "scores_of",
 ]

@@ -54,23 +54,32 @@ def scores_of(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str])
         once for each reason, returned another number of scores, or one that is not finite.
     """
     name = getattr(judge, "name", type(judge).__name__)
+    scores, failure = asked(judge, prompts, responses)
+    if failure is not None:
+        reason = " ".join(str(failure).split())[:300] or "no message"
+        warn_once(
+            f"The judge {name} failed ({type(failure).__name__}: {reason}); its responses stay "
+            "without a score and the run goes on"
+        )
+    elif any(map(math.isnan, scores)):
+        warn_once(
+            f"The judge {name} left responses without a score; the mean is that of the others, "
+            "and judge_missing is their share"
+        )
+    return scores
+
+
+def asked(
+    judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str]
+) -> tuple[list[float], Exception | None]:
+    """The scores of :func:`scores_of`, and why there are none where the judge failed."""
     try:
         scores = [float(score) for score in judge.score(prompts, responses)]
         if len(scores) != len(responses):
             raise ValueError(f"{len(scores)} scores for {len(responses)} responses")
     except Exception as error:  # a judge may be anybody's code, or a server
-        reason = " ".join(str(error).split())[:300] or "no message"
-        warn_once(
-            f"The judge {name} failed ({type(error).__name__}: {reason}); its responses stay "
-            "without a score and the run goes on"
-        )
-        return [math.nan] * len(responses)
-    if not all(map(math.isfinite, scores)):
-        warn_once(
-            f"The judge {name} left responses without a score; the mean is that of the others, "
-            "and judge_missing is their share"
-        )
-    return [score if math.isfinite(score) else math.nan for score in scores]
+        return [math.nan] * len(responses), error
+    return [score if math.isfinite(score) else math.nan for score in scores], None
 
 
 def check_pairs(prompts: Sequence[Prompt], responses: Sequence[str]) -> None:

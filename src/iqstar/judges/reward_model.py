@@ -17,6 +17,7 @@ from iqstar.errors import InputError
 from iqstar.judges.base import Judge, check_pairs, warn_once
 from iqstar.mdp import Prompt
 from iqstar.pretrained import load_tokenizer, loading, resolve_model
+from iqstar.templates import jinja_text
 
 KEY = "model.judge.init_args"
 PAIR = "pair"
@@ -147,9 +148,8 @@ class RewardModelJudge(Judge):
         """What the model reads; None where the response alone is too long for it."""
         if self._template == PAIR:
             return self._encode_pair("\n\n".join(m.content for m in prompt.messages), response)
-        turns = [{"role": m.role, "content": m.content} for m in prompt.messages]
         text: str = self.tokenizer.apply_chat_template(
-            [*turns, {"role": "assistant", "content": response}],
+            [*prompt.turns, {"role": "assistant", "content": response}],
             chat_template=self._template,
             tokenize=False,
         )
@@ -201,15 +201,7 @@ class RewardModelJudge(Judge):
                     f"give a .jinja file, or {PAIR!r} for an encoder of two texts"
                 )
             return None
-        if given == PAIR or "{{" in given or "{%" in given:
-            return given
-        path = Path(given).expanduser()
-        if not path.is_file():
-            raise InputError(
-                f"{KEY}.chat_template: {given!r} is neither {PAIR!r}, nor Jinja text, nor a file; "
-                "give the path of a .jinja file"
-            )
-        return path.read_text(encoding="utf-8")
+        return given if given == PAIR else jinja_text(given, f"{KEY}.chat_template", repr(PAIR))
 
     def _identity(self) -> str:
         settings = [self._template, str(self.max_length), self.dtype]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from iqstar.atomic import written_beside
-from iqstar.judges import HarmJudge, Judge, WinRateJudge
+from iqstar.judges import HarmJudge, Judge, WinRateJudge, asked
 from iqstar.paired_responses import Pair
 
 SIDES = ("policy", "reference")
@@ -57,14 +57,9 @@ def score_pairs(judge: Judge, name: str, pairs: Sequence[Pair]) -> Scores:
             for pair in pairs
         ]
         texts = [getattr(pair, side).text for pair in pairs]
-        try:
-            given = [float(score) for score in judge.score(prompts, texts)]
-            if len(given) != len(texts):
-                raise ValueError(f"{len(given)} scores for {len(texts)} responses")
-        except Exception as failure:  # a judge is anyone's code; the other judges still count
-            given = [math.nan] * len(texts)
+        found[side], failure = asked(judge, prompts, texts)
+        if failure is not None:  # the other judges still count
             error = " ".join(f"{type(failure).__name__}: {failure}".split())
-        found[side] = [score if math.isfinite(score) else math.nan for score in given]
     return Scores(
         name=name,
         version=judge.version,

@@ -7,6 +7,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from iqstar.data import PromptDataModule
 from iqstar.errors import InputError
 from iqstar.loading import load_reference
 from iqstar.module import InverseQStar
@@ -28,6 +29,22 @@ class OneDeviceCLI(IQStarCLI):
             config[key] = value
         config["logger"] = config["enable_checkpointing"] = False
         return super()._instantiate_trainer(config, callbacks)
+
+    def read_data(self, stage: str) -> PromptDataModule:
+        """The data module with its prompts read and split, as a trainer would have it.
+
+        Args:
+            stage: ``fit`` or ``validate``.
+
+        Raises:
+            InputError: If the data cannot be read, or no prompt is left for the stage.
+        """
+        data: PromptDataModule = self.datamodule
+        self.trainer.strategy.connect(self.model)  # data modules ask it for the length of prompts
+        data.trainer = self.trainer
+        data.prepare_data()
+        data.setup(stage)
+        return data
 
 
 def inverse_q_star(cli: OneDeviceCLI, command: str) -> InverseQStar:
