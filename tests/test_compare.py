@@ -14,7 +14,7 @@ import yaml
 
 from iqstar.cli import main
 from iqstar.compare.curves import Point, best, choose, gain, kl_at, read_curve, responses_to_reach
-from iqstar.compare.page import against
+from iqstar.compare.page import against, claims
 from iqstar.compare.plan import Family, main_runs, merged, read_comparison, sweep_runs
 from iqstar.compare.runner import execute, settings_of
 from iqstar.errors import InputError
@@ -67,16 +67,29 @@ def test_the_best_rate_wins_and_an_edge_is_said():
 
 
 def test_one_method_against_another():
-    """Theirs ends at 0.4 after 400; ours is there after 100 at half of the KL, in one of two."""
+    """Theirs ends at 0.4 after 400 with KL 0.4; ours is there after 100 at half of the KL."""
+    theirs = curve(0.0, 0.1, 0.2, 0.3, 0.4)
+    found = against(curve(0.0, 0.4, 0.6, kl=0.2), theirs)
+    assert found.responses == pytest.approx(0.25)
+    assert found.kl == pytest.approx(0.5)
+    assert found.gain == pytest.approx(1.5)  # 0.6 where it has theirs' KL
+    never = against(curve(0.0, 0.3), theirs)
+    assert all(math.isnan(v) for v in (never.responses, never.kl, never.gain))
+
+
+def test_claims_are_medians_over_pairs_of_seeds_and_controls_stand_apart():
+    whole = read_comparison(CONFIG)
     curves = {
-        "theirs": {0: curve(0.0, 0.1, 0.2, 0.3, 0.4)},
-        "ours": {0: curve(0.0, 0.4, kl=0.2), 1: curve(0.0, 0.3)},
+        "ppo": {0: curve(0.0, 0.2, 0.4)},
+        "contrastive": {0: curve(0.0, 0.4), 1: curve(0.0, 0.8), 2: curve(0.0, 0.2)},
+        "null": {0: curve(0.0, 0.1)},
     }
-    found = against(curves, "ours", "theirs")
-    assert found["score"] == pytest.approx(0.4)
-    assert found["response_ratio"] == pytest.approx(0.25)
-    assert found["kl_ratio"] == pytest.approx(0.5)
-    assert found["reached"] == 0.5
+    text = claims(whole, curves)
+    row = next(line for line in text.splitlines() if line.startswith("| ppo |"))
+    assert row.startswith("| ppo | 0.400 | contrastive | 0.38 (0.25–0.50) |")
+    assert row.endswith("| 67% |")
+    assert "| null | contrastive | 0.25 (0.12–0.50) |" in text
+    assert "| null |" not in text.partition("| control |")[0]
 
 
 # -- the YAML ------------------------------------------------------------------------------------

@@ -116,31 +116,33 @@ def finished(comparison: Comparison, folder: Path) -> dict[str, dict[int, Curve]
 
 
 def responses_to_reach(curve: Curve, score: float) -> float:
-    """Sampled responses at which a curve first reaches a score, between evaluations linearly.
-
-    Returns:
-        NaN where it never does.
-    """
-    known = [point for point in curve if not math.isnan(point.score)]
-    for before, after in pairwise(known):
-        if before.score >= score:
-            return float(before.responses)
-        if after.score >= score:
-            share = (score - before.score) / (after.score - before.score)
-            return before.responses + share * (after.responses - before.responses)
-    return float(known[-1].responses) if known and known[-1].score >= score else math.nan
+    """Sampled responses at which a curve first reaches a score; NaN where it never does."""
+    return _where(curve, "score", score, "responses")
 
 
 def kl_at(curve: Curve, score: float) -> float:
-    """KL at which a curve first reaches a score, between evaluations linearly; NaN if never."""
-    known = [point for point in curve if not math.isnan(point.score)]
-    for before, after in pairwise(known):
-        if before.score >= score:
-            return before.kl
-        if after.score >= score:
-            share = (score - before.score) / (after.score - before.score)
-            return before.kl + share * (after.kl - before.kl)
-    return known[-1].kl if known and known[-1].score >= score else math.nan
+    """KL at which a curve first reaches a score; NaN where it never does."""
+    return _where(curve, "score", score, "kl")
+
+
+def score_at(curve: Curve, kl: float) -> float:
+    """Score at which a curve first reaches a KL; NaN where it never does."""
+    return _where(curve, "kl", kl, "score")
+
+
+def _where(curve: Curve, key: str, value: float, wanted: str) -> float:
+    """What stands where a curve first reaches a value, between evaluations linearly."""
+    known = [
+        (float(getattr(point, key)), float(getattr(point, wanted)))
+        for point in curve
+        if not math.isnan(point.score)
+    ]
+    for (low, first), (high, second) in pairwise(known):
+        if low >= value:
+            return first
+        if high >= value:
+            return first + (value - low) / (high - low) * (second - first)
+    return known[-1][1] if known and known[-1][0] >= value else math.nan
 
 
 def gain(curve: Curve) -> float:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations, product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from iqstar.compare.curves import (
@@ -15,6 +18,7 @@ from iqstar.compare.curves import (
     kl_at,
     mean,
     responses_to_reach,
+    score_at,
 )
 from iqstar.compare.plan import Comparison
 from iqstar.errors import InputError
@@ -75,54 +79,68 @@ def markdown(comparison: Comparison, curves: Curves, chosen: Mapping[str, Choice
     return "\n".join(lines) + "\n"
 
 
-def against(curves: Curves, ours: str, theirs: str) -> dict[str, float]:
-    """How fast one method reaches what another one ends with.
+@dataclass(frozen=True, kw_only=True)
+class Against:
+    """How one run compares to the best evaluation of another; NaN where it never gets there.
 
     Args:
-        curves: The finished runs.
-        ours: The method in question.
-        theirs: The one whose best score is the mark, the mean over its seeds.
-
-    Returns:
-        ``score`` (the mark), ``responses`` and ``kl`` of both sides there (``ours_…``: the mean
-        over seeds that reach it), ``response_ratio``, ``kl_ratio`` and ``reached`` (share of our
-        seeds that do). NaN where nothing is known.
+        responses: Sampled until it has that score, as a share of the other's.
+        kl: When it has that score, as a share of the other's.
+        gain: When it has that KL, as a share of the other's.
     """
-    tops = [best(curve) for curve in curves.get(theirs, {}).values()]
-    mark = mean(top.score for top in tops)
-    own = list(curves.get(ours, {}).values())
-    reached = [responses_to_reach(curve, mark) for curve in own]
-    found = {
-        "score": mark,
-        "theirs_responses": mean(float(top.responses) for top in tops),
-        "theirs_kl": mean(top.kl for top in tops),
-        "ours_responses": mean(reached),
-        "ours_kl": mean(kl_at(curve, mark) for curve in own),
-        "reached": mean(float(not math.isnan(value)) for value in reached),
-    }
-    return found | {
-        "response_ratio": _ratio(found["ours_responses"], found["theirs_responses"]),
-        "kl_ratio": _ratio(found["ours_kl"], found["theirs_kl"]),
-    }
+
+    responses: float
+    kl: float
+    gain: float
+
+
+def against(ours: Curve, theirs: Curve) -> Against:
+    """One run against the best evaluation of another.
+
+    Args:
+        ours: The run in question.
+        theirs: The one whose best score and whose KL there are the marks.
+    """
+    mark = best(theirs)
+    return Against(
+        responses=_ratio(responses_to_reach(ours, mark.score), float(mark.responses)),
+        kl=_ratio(kl_at(ours, mark.score), mark.kl),
+        gain=_ratio(score_at(ours, mark.kl) - ours[0].score, gain(theirs)),
+    )
 
 
 def claims(comparison: Comparison, curves: Curves) -> str:
-    """Every method that is no control against every other one, where both are finished."""
+    """Every finished method that is no control against every other one, and the controls.
+
+    Args:
+        comparison: What was to be run.
+        curves: What is finished.
+    """
     names = [m.name for m in comparison.methods if not m.control and m.name in curves]
     lines = [
-        "| to reach the best score of | score | method | share of its responses | of its KL "
-        "| seeds that reach it |",
-        "|---|---|---|---|---|---|",
+        "| against the best of | its score | method | share of its responses to that score "
+        "| of its KL at that score | of its gain at its KL | runs that reach that score |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for theirs in names:
-        for ours in names:
-            if ours == theirs:
-                continue
-            found = against(curves, ours, theirs)
-            cells = [theirs, _number(found["score"]), ours]
-            cells += [_number(found["response_ratio"]), _number(found["kl_ratio"])]
-            cells.append(f"{found['reached']:.0%}")
-            lines.append(f"| {' | '.join(cells)} |")
+    for theirs, ours in permutations(names, 2):
+        marks = list(curves[theirs].values())
+        found = [against(o, t) for o, t in product(curves[ours].values(), marks)]
+        cells = [theirs, _number(mean(best(curve).score for curve in marks)), ours]
+        cells += [_range([f.responses for f in found]), _range([f.kl for f in found])]
+        cells += [_range([f.gain for f in found])]
+        cells.append(f"{mean(float(not math.isnan(f.responses)) for f in found):.0%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| control | of | share of its gain |", "|---|---|---|"]
+    for control in comparison.methods:
+        real = comparison.families[control.family].sweep
+        if control.control and control.name in curves and real in curves:
+            pairs = product(curves[control.name].values(), curves[real].values())
+            shares = [_ratio(gain(own), gain(other)) for own, other in pairs]
+            lines.append(f"| {control.name} | {real} | {_range(shares)} |")
+    lines += [
+        "",
+        "Medians over all pairs of a run of one and a run of the other, and their range.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -183,6 +201,14 @@ def _many(values: Sequence[float]) -> str:
     if len(values) == 1:
         return _number(values[0])
     return format(mean_interval(values), ".3f")
+
+
+def _range(values: Sequence[float]) -> str:
+    """The median of what is known, with its range."""
+    known = [value for value in values if not math.isnan(value)]
+    if len(known) < 2:
+        return _number(mean(known))
+    return f"{median(known):.2f} ({min(known):.2f}–{max(known):.2f})"
 
 
 def _ratio(ours: float, theirs: float) -> float:

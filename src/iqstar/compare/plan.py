@@ -66,7 +66,7 @@ class Comparison:
         responses_per_step: Responses of one rollout.
         sweep_responses: Budget of each run of a sweep.
         sweep_seed: Its seed.
-        evaluations: Of a run, besides the one before training.
+        evaluations: Of a run that is compared, besides the one before training.
         principle: What TRL's SDFT is told.
     """
 
@@ -97,12 +97,14 @@ class Run:
         rate: The learning rate.
         seed: Of data order and rollouts.
         responses: Sampled in it.
+        evaluations: During it, the last one at its end, besides the one before training.
     """
 
     method: Method
     rate: float
     seed: int
     responses: int
+    evaluations: int
 
     @property
     def name(self) -> str:
@@ -116,7 +118,7 @@ class Run:
 
 
 def sweep_runs(comparison: Comparison) -> Iterator[Run]:
-    """The runs that look for each family's learning rate."""
+    """The runs that look for each family's learning rate, by the score at their end."""
     for family in comparison.families.values():
         method = comparison.method(family.sweep)
         for rate in family.rates:
@@ -125,6 +127,7 @@ def sweep_runs(comparison: Comparison) -> Iterator[Run]:
                 rate=rate,
                 seed=comparison.sweep_seed,
                 responses=comparison.sweep_responses,
+                evaluations=1,
             )
 
 
@@ -143,6 +146,7 @@ def main_runs(comparison: Comparison, rates: Mapping[str, float]) -> Iterator[Ru
                     rate=rates[method.family],
                     seed=method.seeds[number],
                     responses=method.responses,
+                    evaluations=comparison.evaluations,
                 )
 
 

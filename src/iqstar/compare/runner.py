@@ -37,7 +37,7 @@ def settings_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> 
         "model": {"init_args": {"optimizer": {"init_args": {"lr": run.rate}}}},
         "trainer": {
             "max_steps": steps,
-            "val_check_interval": max(steps // comparison.evaluations, 1),
+            "val_check_interval": max(steps // run.evaluations, 1),
             "logger": {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                 "init_args": {"save_dir": str(folder), "name": run.name, "version": ""},
@@ -66,7 +66,7 @@ def command_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> l
             "seed": run.seed,
             "steps": run.steps(comparison.responses_per_step),
             "responses_per_step": comparison.responses_per_step,
-            "evaluations": comparison.evaluations,
+            "evaluations": run.evaluations,
             "output": str(place),
         }
         _write(file, content)

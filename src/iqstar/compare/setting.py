@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from lightning import Trainer
 
+from iqstar.chatter import less_chatter
 from iqstar.compare.plan import merged
 from iqstar.data import PromptDataModule
 from iqstar.mdp import Prompt
@@ -71,7 +72,7 @@ def build(common: Mapping[str, Any], seed: int, file: Path) -> Setting:
     settings = merged(merged(NO_ESTIMATOR, common), {"seed_everything": seed})
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     arguments = ["--config", str(file)]
-    with readable_errors(read_settings(arguments)):
+    with readable_errors(read_settings(arguments)), less_chatter():
         cli = _CommonCLI(
             args=arguments, run=False, parser_kwargs={"exit_on_error": False}, **CLI_OPTIONS
         )

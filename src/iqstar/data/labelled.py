@@ -1,6 +1,6 @@
-"""Responses with the labels that people gave them, to evaluate with: nothing that trains reads it.
+"""Responses with the labels that people gave them: for evaluation, no method trains on them.
 
-Reads the files that ``iqstar probe`` compares: pairs of a chosen and a rejected reply (HH-RLHF), or
+Reads the files that ``iqstar probe`` and ``iqstar harm-judge`` take: pairs of a chosen and a rejected reply (HH-RLHF), or
 answers that are safe or not (BeaverTails).
 """
 
