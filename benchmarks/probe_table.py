@@ -2,6 +2,7 @@
 
     python benchmarks/probe_table.py --data PAIRS ANSWERS            # measures, then writes
     python benchmarks/probe_table.py --data PAIRS --only contrastive # one row, of pairs alone
+    python benchmarks/probe_table.py --data PAIRS --only aligned_pair --aligned DIR  # such as DPO's
     python benchmarks/probe_table.py                                 # writes what was measured
 
 ``results/probe/KIND-NAME.json`` is what ``iqstar probe --json`` said. A test makes sure that the
@@ -26,6 +27,7 @@ CONFIG = "configs/experiment/beavertails_harmless.yaml"
 START, END = "<!-- PROBE -->\n", "<!-- /PROBE -->"
 SETTINGS = ["--model.rollout.init_args.max_new_tokens", "256", "--data.max_prompt_tokens", "512"]
 GOOD = 0.55
+PAIR = "aligned_pair"
 TITLES = {
     "pairs": "HH-RLHF pairs, chosen over rejected",
     "answers": "BeaverTails answers, safe over unsafe",
@@ -52,6 +54,7 @@ COLUMNS = {
 def rows() -> dict[str, list[str]]:
     """Name of each row → the arguments that choose its estimator, the config's own first."""
     files = sorted((ROOT / "configs" / "estimator").glob("*.yaml"))
+    files += sorted((ROOT / "benchmarks" / "controls").glob("*.yaml"))
     named = {f.stem: ["--model.estimator", str(f.relative_to(ROOT))] for f in files}
     return {"beavertails_harmless": [], **named}
 
@@ -116,10 +119,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="labelled rows")
     parser.add_argument("--limit", type=int, default=300, help="pairs or answers of each file")
     parser.add_argument("--only", nargs="+", choices=rows(), default=list(rows()))
+    parser.add_argument("--aligned", type=Path, help="model of the row aligned_pair; none: no row")
     options = parser.parse_args()
+    found = rows()
+    if options.aligned:
+        found[PAIR] += ["--model.estimator.init_args.aligned", str(options.aligned.resolve())]
+    elif PAIR in options.only:
+        options.only.remove(PAIR)  # its default is the reference itself: no credit
     for data in options.data:
         for name in options.only:
-            measure(name, rows()[name], data.resolve(), options.limit)
+            measure(name, found[name], data.resolve(), options.limit)
     PAGE.write_text(filled(PAGE.read_text()))
 
 
