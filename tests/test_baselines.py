@@ -383,6 +383,16 @@ def test_senseless_settings_are_refused(tiny, kind, options, message):
         build(kind, tiny, **options)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_dpo_teaches_no_end_of_turn_after_a_reply_that_was_cut(tiny, whole):
+    pair = replace(PAIRS[0], complete=whole, rejected_complete=whole)
+    module = attach(build(DPO, tiny, rollout=GenerateRollout(40)))
+    (micro,) = module.collect((pair,), seed=0)
+    ended = [ids[-1] in module.chat.eos_ids for ids in micro.rollout.responses]
+    assert ended == [whole, whole]
+    assert micro.rollout.truncated.tolist() == [not whole, not whole]
+
+
 def test_dpo_needs_pairs(tiny):
     with pytest.raises(InputError, match=r"'Hi' has none; use a data module of pairs"):
         fit(build(DPO, tiny), PROMPTS, max_steps=1)

@@ -253,6 +253,8 @@ def test_a_small_comparison_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     assert not (null / "checkpoints").exists()
     pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").open()]
     assert all(row["chosen"] != row["rejected"] for row in pairs)
+    assert {row["chosen_complete"] for row in pairs} <= {True, False}
+    assert not all(row["chosen_complete"] and row["rejected_complete"] for row in pairs)
 
     again, err = run_cli(capsys, *arguments)
     assert again == 0

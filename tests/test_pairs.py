@@ -85,11 +85,24 @@ def test_own_pairs_may_bring_prompts_to_evaluate_on(tmp_path):
     assert all((p.response, p.rejected) == ("yes", "no") for p in data.train_prompts)
 
 
+def test_a_reply_that_was_cut_says_so(tmp_path):
+    row = {"prompt": "q", "chosen": "yes", "rejected": "no and", "rejected_complete": False}
+    data = JSONLPairs(path=write(tmp_path / "p.jsonl", [row]), val_prompts=None)
+    data.setup()
+    (prompt,) = [*data.train_prompts, *data.heldout_prompts]
+    assert (prompt.complete, prompt.rejected_complete) == (True, False)
+
+
 @pytest.mark.parametrize(
     ("cls", "row", "message"),
     [
         (JSONLPairs, {"prompt": "a", "chosen": "yes"}, "unknown column layout"),
         (JSONLPairs, {"prompt": "a", "chosen": 1, "rejected": "no"}, "chosen must be text"),
+        (
+            JSONLPairs,
+            {"prompt": "a", "chosen": "yes", "rejected": "no", "chosen_complete": 1},
+            "chosen_complete must be true or false, found 1",
+        ),
         (
             SafeRLHFPairs,
             {"prompt": "a", "response_0": "x", "response_1": "y", "safer_response_id": 7},

@@ -43,12 +43,14 @@ class Prompt:
         response: The data set's own reply, for off-policy replay only; None where it has none.
         complete: Whether ``response`` ended by itself (False: it was cut by its source).
         rejected: Of a pair, the reply that was liked less than ``response``; DPO alone reads it.
+        rejected_complete: Whether ``rejected`` ended by itself.
     """
 
     messages: tuple[Message, ...]
     response: str | None = None
     complete: bool = True
     rejected: str | None = None
+    rejected_complete: bool = True
 
     @property
     def turns(self) -> list[dict[str, str]]:

@@ -161,10 +161,11 @@ def _plain(prompt: Prompt) -> dict[str, Any]:
         "response": prompt.response,
         "complete": prompt.complete,
         "rejected": prompt.rejected,
+        "rejected_complete": prompt.rejected_complete,
     }
 
 
 def _prompt(values: dict[str, Any]) -> Prompt:
     messages = tuple(Message(role=role, content=text) for role, text in values["messages"])
-    rest = {name: values[name] for name in ("response", "complete", "rejected")}
+    rest = {name: value for name, value in values.items() if name != "messages"}
     return Prompt(messages=messages, **rest)

@@ -88,7 +88,9 @@ class DPO(AlignmentModule):
                 "a data module of pairs, such as iqstar.data.HHPairs"
             )
         rows = [
-            side for p in prompts for side in (p, replace(p, response=p.rejected, complete=True))
+            side
+            for p in prompts
+            for side in (p, replace(p, response=p.rejected, complete=p.rejected_complete))
         ]
         engine = DatasetRollout(self.rollout.max_new_tokens)
         return self.assign(engine.roll_out(self.policy, rows, self.temperature, seed), seed)

@@ -56,24 +56,30 @@ def write_pairs(setting: Setting, responses: int, path: Path) -> tuple[int, int]
             rollout = engine.sample(policy.actor, asked, module.temperature, seed)
         texts = [module.chat.decode(response).strip() for response in rollout.responses]
         scores = scores_of(module.judge, rollout.prompts, texts)
+        whole = [not cut for cut in rollout.truncated.tolist()]
         rows += [
             row
-            for number, prompt in enumerate(asked)
-            if (row := _pair(prompt, texts[2 * number :][:2], scores[2 * number :][:2]))
+            for number, prompt in zip(range(0, len(texts), 2), asked, strict=True)
+            if (row := _pair(prompt, *(x[number : number + 2] for x in (texts, whole, scores))))
         ]
     if not rows:
         raise InputError("budget: the judge tells no pair of responses apart; sample more")
-    _write(path, rows)
     _write(path.with_name(HELDOUT), [_asked(prompt) for prompt in setting.data.heldout_prompts])
+    _write(path, rows)  # last: where it is, all is done
     return len(rows), len(prompts) - len(rows)
 
 
-def _pair(prompt: Prompt, texts: list[str], scores: list[float]) -> dict[str, Any] | None:
+def _pair(
+    prompt: Prompt, texts: list[str], complete: list[bool], scores: list[float]
+) -> dict[str, Any] | None:
     first, second = scores
     if math.isnan(first - second) or first == second or not all(texts) or texts[0] == texts[1]:
         return None
+    row: dict[str, Any] = _asked(prompt)
     better = int(second > first)
-    return {**_asked(prompt), "chosen": texts[better], "rejected": texts[1 - better]}
+    for side, index in (("chosen", better), ("rejected", 1 - better)):
+        row |= {side: texts[index], f"{side}_complete": complete[index]}
+    return row
 
 
 def _asked(prompt: Prompt) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The outside peer: TRL's ``SDFTTrainer`` on the same prompts, measured by the same evaluation.
 
 Its own defaults hold, but for one response to a prompt, the budget, the length limit, and what all
-runs here share: the learning rate's schedule (warm-up over a tenth, then a cosine), no weight
-decay, gradients clipped to norm 1. Run as ``python -m iqstar.compare.peer SETTINGS.yaml``.
+runs here share: optimiser, learning rate's schedule, gradients clipped to norm 1. A run that is
+stopped starts over. Run as ``python -m iqstar.compare.peer SETTINGS.yaml``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from iqstar.errors import InputError
 from iqstar.evaluation import Evaluation, Sample, evaluation_metrics, sample_and_score
 from iqstar.loading import load_policy
 from iqstar.metrics import TokenMeans
+from iqstar.optim import parameter_groups
 from iqstar.policy import Policy
 from iqstar.rollouts import rollout_seed
 from iqstar.summary import evaluation_rows, write_json
@@ -98,7 +99,7 @@ def run(given: dict[str, Any]) -> None:
     """Trains, evaluates, and writes ``summary.json``.
 
     Args:
-        given: ``common``, ``principle``, ``rate``, ``seed``, ``steps``, ``responses_per_step``,
+        given: ``common``, ``principle``, ``seed``, ``steps``, ``responses_per_step``,
             ``evaluations`` and ``output``, as :func:`iqstar.compare.runner.command_of` writes them.
 
     Raises:
@@ -119,6 +120,11 @@ def run(given: dict[str, Any]) -> None:
     module = setting.module
     precision = str(setting.trainer.precision)
     policy = load_policy(module.spec, module.chat, precision)
+    for part in (policy.actor, policy.frozen):
+        if part is not None:
+            part.to(setting.trainer.strategy.root_device)
+    optimizer = module.optimizer(parameter_groups(policy.actor))
+    schedule = module.schedule.build(optimizer, steps)
     rows = [
         {
             "prompt": prompt.turns,
@@ -136,10 +142,6 @@ def run(given: dict[str, Any]) -> None:
         num_generations=1,
         max_completion_length=module.rollout.max_new_tokens,
         gradient_checkpointing=False,
-        learning_rate=given["rate"],
-        lr_scheduler_type="cosine",
-        warmup_steps=0.1,
-        weight_decay=0.0,
         max_grad_norm=1.0,
         seed=given["seed"],
         shuffle_dataset=False,
@@ -153,6 +155,7 @@ def run(given: dict[str, Any]) -> None:
         train_dataset=Dataset.from_list(rows),
         processing_class=module.chat.tokenizer,
         callbacks=[evaluations],
+        optimizers=(optimizer, schedule),
     )
     trainer.train()
     judge = module.judge and {"name": module.judge.name, "version": module.judge.version}

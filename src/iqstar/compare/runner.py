@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ def settings_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> 
     steps = run.steps(comparison.responses_per_step)
     own: dict[str, Any] = {
         "seed_everything": run.seed,
-        "model": {"init_args": {"optimizer": {"init_args": {"lr": run.rate}}}},
         "trainer": {
             "max_steps": steps,
             "val_check_interval": max(steps // run.evaluations, 1),
@@ -44,7 +43,7 @@ def settings_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> 
             },
         },
     }
-    settings = merged(comparison.common, run.method.settings)
+    settings = merged(_with_rate(comparison.common, run), run.method.settings)
     if run.method.pairs:
         files = {"path": str(pairs), "heldout_path": str(pairs.with_name(HELDOUT))}
         settings = merged(settings, {"data": {"init_args": files}})
@@ -60,9 +59,8 @@ def command_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> l
     file = place / "run.yaml"
     if run.method.settings == SDFT:
         content = {
-            "common": dict(comparison.common),
+            "common": _with_rate(comparison.common, run),
             "principle": comparison.principle,
-            "rate": run.rate,
             "seed": run.seed,
             "steps": run.steps(comparison.responses_per_step),
             "responses_per_step": comparison.responses_per_step,
@@ -73,6 +71,10 @@ def command_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> l
         return [sys.executable, "-m", "iqstar.compare.peer", str(file)]
     _write(file, settings_of(run, comparison, folder, pairs))
     return [sys.executable, "-m", "iqstar.cli", "fit", "--config", str(file), "--ckpt_path", "last"]
+
+
+def _with_rate(common: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    return merged(common, {"model": {"init_args": {"optimizer": {"init_args": {"lr": run.rate}}}}})
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Responses with the labels that people gave them: for evaluation, no method trains on them.
 
-Reads the files that ``iqstar probe`` and ``iqstar harm-judge`` take: pairs of a chosen and a rejected reply (HH-RLHF), or
-answers that are safe or not (BeaverTails).
+Reads the files that ``iqstar probe`` and ``iqstar harm-judge`` take: pairs of a chosen and a
+rejected reply (HH-RLHF), or answers that are safe or not (BeaverTails).
 """
 
 from __future__ import annotations

@@ -85,6 +85,9 @@ class SafeRLHFPairs(JSONL):
 class JSONLPairs(JSONL):
     """Your own pairs: rows of prompt (or messages), chosen and rejected.
 
+    Replies are taken for whole ones and get an end of turn, which training then teaches. A row may
+    have ``chosen_complete`` or ``rejected_complete``, false where a length limit cut the reply.
+
     Args:
         heldout_path: File of the prompts to evaluate on, whose rows need no pair; null holds some
             of the pairs out.
@@ -113,4 +116,13 @@ class JSONLPairs(JSONL):
         for side in ("chosen", "rejected"):
             if not isinstance(row.get(side), str):
                 raise RowError(f"{side} must be text, found {type(row.get(side)).__name__}")
-        return with_pair(make_prompt(parse_messages(row)), row["chosen"], row["rejected"])
+        prompt = with_pair(make_prompt(parse_messages(row)), row["chosen"], row["rejected"])
+        chosen, rejected = (_complete(row, side) for side in ("chosen", "rejected"))
+        return replace(prompt, complete=chosen, rejected_complete=rejected)
+
+
+def _complete(row: Mapping[str, Any], side: str) -> bool:
+    value = row.get(f"{side}_complete")
+    if value is not None and not isinstance(value, bool):
+        raise RowError(f"{side}_complete must be true or false, found {value!r}")
+    return value is not False
