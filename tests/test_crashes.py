@@ -134,6 +134,47 @@ def test_a_run_stopped_after_its_last_step_is_finished_by_the_next(tmp_path, tin
     assert Path(found["policy"], "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    "when",
+    [
+        {"step": 1},  # told in the step before an evaluation: saved at its end
+        {"step": 2, "batch": 0},
+        {"step": 2, "batch": 1},  # the last of the evaluation
+        {"step": 2},  # no evaluation is due
+    ],
+    ids=["before it", "in it", "at its end", "elsewhere"],
+)
+def test_a_stop_around_an_evaluation_loses_none_of_it(tmp_path, tiny, when):
+    """The run that goes on has the evaluations of one that was never stopped, each once."""
+    settings = {
+        "trainer__max_steps": 5,
+        "trainer__val_check_interval": 2,
+        "trainer__check_val_every_n_epoch": None,
+        "data__init_args__val_prompts": 4,
+        "data__init_args__eval_batch_size": 2,
+        "summary": {"examples": 0},
+    }
+    stopped, calm = tmp_path / "stopped", tmp_path / "calm"
+    stopped.mkdir()
+    calm.mkdir()
+    told = {"class_path": "dying.Stopped", "init_args": when}
+    config = configure(stopped, tiny, **settings, trainer__callbacks=[told])
+    code, output = end(launch("-m", "iqstar.cli", "fit", "--config", str(config)))
+    assert code == 143, output
+    config = configure(stopped, tiny, **settings)
+    assert main(["fit", "--config", str(config), "--ckpt_path", "last"]) == 0
+    assert main(["fit", "--config", str(configure(calm, tiny, **settings))]) == 0
+    found, undisturbed = (
+        json.loads(next(folder.rglob("summary.json")).read_text())["evaluations"]
+        for folder in (stopped, calm)
+    )
+    assert [e["step"] for e in undisturbed] == [0, 2, 4, 5]
+    assert [(e["step"], e["metrics"]) for e in found] == [
+        (e["step"], e["metrics"]) for e in undisturbed
+    ]
+    assert all(torch.equal(weights(calm)[name], value) for name, value in weights(stopped).items())
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_first(tmp_path, tiny, name):
     """In a SLURM job, after its warning, the job is queued again."""

@@ -10,7 +10,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -40,7 +40,9 @@ from iqstar.ranks import gather, global_sum
 from iqstar.resume import (
     check_same_frozen,
     count_batches_as_the_loader,
+    evaluation_is_due,
     frozen_fingerprints,
+    make_up_evaluation,
     random_state,
     rollout_from,
     rollout_state,
@@ -117,7 +119,8 @@ class AlignmentModule(EvaluatedModule, ABC):
         self.command: str | None = None
         self._buffer: list[MicroBatch] = []
         self._buffer_seed = 0
-        self._started = 0.0
+        self._started: float | None = None
+        self._owes_evaluation = False
         self._batch: PromptBatch | None = None
         self._resumed: dict[str, Any] | None = None
         self._saved_rollout: dict[str, Any] | None = None
@@ -275,7 +278,12 @@ class AlignmentModule(EvaluatedModule, ABC):
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         """Adds to the time that training took."""
-        self.progress.seconds += time.perf_counter() - self._started
+        self.progress.seconds, self._started = self._seconds(), None
+
+    def _seconds(self) -> float:
+        """What training took, up to now where a step is going on: checkpoints are made in it."""
+        now = time.perf_counter()
+        return self.progress.seconds + (0.0 if self._started is None else now - self._started)
 
     def _new_rollout(self, prompts: tuple[Prompt, ...]) -> None:
         self.before_rollout()
@@ -349,6 +357,9 @@ class AlignmentModule(EvaluatedModule, ABC):
 
     def on_train_start(self) -> None:
         """Starts the clock of the throughput curve; a resumed rank goes on where it stopped."""
+        if self._owes_evaluation:
+            self._owes_evaluation = False
+            make_up_evaluation(self.trainer)
         if self._resumed is not None:
             set_random_state(self._resumed["random"])
             self._saved_rollout, self._resumed = self._resumed["rollout"], None
@@ -387,7 +398,9 @@ class AlignmentModule(EvaluatedModule, ABC):
             else None,
         }
         checkpoint["iqstar"] = {
-            "progress": asdict(self.progress),
+            "progress": asdict(replace(self.progress, seconds=self._seconds())),
+            "owes_evaluation": evaluation_is_due(self.trainer)
+            and all(e.step != self.global_step for e in self.evaluations),
             "evaluations": [asdict(e) for e in self.evaluations],
             "frozen": frozen_fingerprints(self.policy, self.frozen_parts),
             "precision": str(self.trainer.precision),
@@ -413,6 +426,7 @@ class AlignmentModule(EvaluatedModule, ABC):
                 f"has {self.trainer.precision}: it will not go on exactly as it would have"
             )
         self.progress = Progress(**saved["progress"])
+        self._owes_evaluation = saved.get("owes_evaluation", False)
         self.evaluations = [
             Evaluation(**{**e, "samples": tuple(Sample(**s) for s in e["samples"])})
             for e in saved["evaluations"]

@@ -67,6 +67,28 @@ def count_batches_as_the_loader(trainer: Trainer) -> None:
         now.ready = now.started = now.processed = now.completed = position
 
 
+def evaluation_is_due(trainer: Trainer) -> bool:
+    """Whether an evaluation follows the present batch, or is going on."""
+    loop = trainer.fit_loop.epoch_loop
+    return trainer.global_step > 0 and loop._should_check_val_fx(None)  # type: ignore[arg-type]
+
+
+def make_up_evaluation(trainer: Trainer) -> None:
+    """Makes the whole evaluation that a stop or a crash cut off.
+
+    Lightning takes an evaluation for done that was to follow the step in which a checkpoint was
+    made, and goes on in the middle of one that had begun.
+    """
+    loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+    first = connector._first_loop_iter
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    connector._first_loop_iter = first
+    loop.reset_restart_stage()
+
+
 def warn_inside_window(trainer: Trainer) -> None:
     """Says that a checkpoint that is saved now is not one to go on from exactly."""
     if trainer.fit_loop.epoch_loop._should_accumulate():
