@@ -54,6 +54,8 @@ PACKAGES = {
         "summary",
         "training_cli",
         "one_device",
+        "optim",
+        "chatter",
     },
     "planning": {"errors", "mdp", "data", "pretrained", "attention", "chat", "sampling", "sharding"}
     | {"decoding", "estimators"}

@@ -13,11 +13,22 @@ import pytest
 import yaml
 
 from iqstar.cli import main
-from iqstar.compare.curves import Point, best, choose, gain, kl_at, read_curve, responses_to_reach
+from iqstar.compare.curves import (
+    Point,
+    best,
+    choices,
+    choose,
+    gain,
+    kl_at,
+    pending,
+    read_curve,
+    responses_to_reach,
+)
 from iqstar.compare.page import against, claims
 from iqstar.compare.plan import Family, main_runs, merged, read_comparison, sweep_runs
 from iqstar.compare.runner import execute, settings_of
 from iqstar.errors import InputError
+from iqstar.summary import write_json
 
 NAN = math.nan
 CONFIG = Path(__file__).parents[1] / "configs" / "compare.yaml"
@@ -86,8 +97,8 @@ def test_claims_are_medians_over_pairs_of_seeds_and_controls_stand_apart():
     }
     text = claims(whole, curves)
     row = next(line for line in text.splitlines() if line.startswith("| ppo |"))
-    assert row.startswith("| ppo | 0.400 | contrastive | 0.38 (0.25–0.50) |")
-    assert row.endswith("| 67% |")
+    assert row.startswith("| ppo | 0.400 | contrastive | 0.50 (0.25–never) |")
+    assert row.endswith("| 2 of 3 |")
     assert "| null | contrastive | 0.25 (0.12–0.50) |" in text
     assert "| null |" not in text.partition("| control |")[0]
 
@@ -127,9 +138,10 @@ def test_settings_of_a_run_hold_its_rate_seed_and_budget(tmp_path):
     assert dpo["data"]["init_args"]["path"].endswith("pairs.jsonl")
 
 
-def test_merging_goes_level_by_level_and_null_takes_away():
+def test_merging_goes_level_by_level():
+    """A null is a value: it switches off what is there."""
     base = {"a": {"b": 1, "c": [1]}, "d": 2}
-    assert merged(base, {"a": {"c": [2]}, "d": None}) == {"a": {"b": 1, "c": [2]}}
+    assert merged(base, {"a": {"c": [2]}, "d": None}) == {"a": {"b": 1, "c": [2]}, "d": None}
     assert base == {"a": {"b": 1, "c": [1]}, "d": 2}
 
 
@@ -140,7 +152,14 @@ def test_merging_goes_level_by_level_and_null_takes_away():
         ({"families": {"ppo": {"sweep": "none"}}}, r"families\.ppo\.sweep: no method"),
         ({"families": {"ppo": {"rates": []}}}, r"families\.ppo\.rates"),
         ({"budget": {"run": 0}}, "must be a whole number"),
-        ({"budget": {"evaluations": None}}, "evaluations is missing"),
+        ({"budget": {"evaluations": None}}, r"budget\.evaluations: must be a whole number"),
+        ({"budget": None}, r"budget: must be a mapping of keys to values, found None"),
+        ({"budget": {"sweep": 640}}, r"methods\..+: needs more responses than budget\.sw"),
+        ({"methods": {"ppo": None}}, r"methods\.ppo: must be a mapping"),
+        ({"methods": {"new": {"family": "ppo"}}}, r"methods\.new\.settings is missing"),
+        ({"families": {"new": {"sweep": "ppo"}}}, r"families\.new\.rates is missing"),
+        ({"families": {"ppo": {"rates": "high"}}}, r"families\.ppo\.rates: needs a list"),
+        ({"methods": {"ppo": {"steps_per_rollout": 0}}}, r"methods\.ppo\.steps_per_rollout"),
         ({"methods": {"ppo": {"sedes": [1]}}}, r"methods\.ppo: unknown key sedes"),
         ({"methods": {"ppo": {"seeds": []}}}, r"methods\.ppo\.seeds"),
         ({"methods": {"ppo": {"settings": "trl"}}}, r"methods\.ppo\.settings"),
@@ -206,6 +225,32 @@ def test_a_run_is_asked_to_save_itself_when_the_time_is_over(tmp_path):
     assert len(said) == 1  # nothing was started
 
 
+def test_a_run_that_diverges_is_finished_and_cannot_win(tmp_path):
+    whole = read_comparison(CONFIG)
+    runs = [run for run in sweep_runs(whole) if run.method.family == "imitation"]
+    said = []
+    for run in runs:
+        (tmp_path / run.name).mkdir()
+    command = [sys.executable, "-c", "print('the loss is NaN'); raise SystemExit(3)"]
+    assert execute(runs[:1], lambda _: command, tmp_path, None, said.append)
+    assert "the loss is NaN" in said[0]
+    assert pending(runs, tmp_path) == runs[1:]
+    for number, run in enumerate(runs[1:]):
+        point = {"step": 10, "sampled": 160, "seconds": 1.0, "metrics": {"judge": -1.0 * number}}
+        write_json(tmp_path / run.name / "summary.json", {"evaluations": [point]})
+    assert choices(whole, tmp_path)["imitation"].rate == runs[1].rate
+
+
+def test_wrong_settings_of_a_method_are_told_before_anything_runs(tiny, tmp_path, capsys):
+    wrong = {"settings": {"model": {"init_args": {"estimatr": 3}}}}
+    file = small(tmp_path, tiny, **{"null": {}, "placebo": wrong})
+    code, err = run_cli(capsys, "compare", "--config", file, "--output", tmp_path / "out")
+    assert code == 2
+    assert "methods.placebo: " in err
+    assert "estimatr" in err
+    assert not list((tmp_path / "out").rglob("summary.json"))
+
+
 def small(tmp_path, tiny, **methods):
     """A comparison on the tiny model that takes seconds."""
     content = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
@@ -242,7 +287,7 @@ def test_a_small_comparison_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     report = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| dpo |" in report
     assert "| null (control) |" in report
-    assert "Not done: nothing is missing." in report
+    assert "Not done, or diverged: none." in report
     assert (tmp_path / "out" / "results" / "responses.svg").read_text().startswith("<?xml")
     (null,) = (p for p in (tmp_path / "out").glob("null-*-8"))
     points = read_curve(null)
@@ -259,6 +304,12 @@ def test_a_small_comparison_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     again, err = run_cli(capsys, *arguments)
     assert again == 0
     assert "1/" not in err
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content["common"]["model"]["init_args"]["eval_samples"] = 3
+    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    other, err = run_cli(capsys, *arguments)
+    assert other == 2
+    assert "run.yaml has other settings than now (model.init_args.eval_samples: 1, now 3)" in err
 
 
 def test_the_peer_is_measured_as_all_others_are(tiny, tmp_path, monkeypatch, capsys):
@@ -287,4 +338,4 @@ def test_the_fast_comparison_of_the_makefile(tmp_path, monkeypatch, capsys):
     code, err = run_cli(capsys, "compare", "--config", str(CONFIG), "--fast", "--data", str(data))
     assert code == 0, err
     report = (tmp_path / "runs" / "compare-fast" / "results.md").read_text(encoding="utf-8")
-    assert "Not done: nothing is missing." in report
+    assert "Not done, or diverged: none." in report

@@ -10,7 +10,6 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -22,8 +21,7 @@ from iqstar.assignment import MicroBatch, credit_rows
 from iqstar.chat import ChatFormat
 from iqstar.curves import TRAIN_MEANS, Sums, micro_batch_sums, window_curves
 from iqstar.errors import InputError, NonFiniteLossError
-from iqstar.evaluated import EvaluatedModule, Progress
-from iqstar.evaluation import Evaluation, Sample
+from iqstar.evaluated import EvaluatedModule
 from iqstar.judges import Judge
 from iqstar.loading import load_policy
 from iqstar.mdp import Prompt, PromptBatch, Rollout
@@ -40,9 +38,9 @@ from iqstar.ranks import gather, global_sum
 from iqstar.resume import (
     check_same_frozen,
     count_batches_as_the_loader,
-    evaluation_is_due,
     frozen_fingerprints,
     make_up_evaluation,
+    owes_evaluation,
     random_state,
     rollout_from,
     rollout_state,
@@ -119,7 +117,6 @@ class AlignmentModule(EvaluatedModule, ABC):
         self.command: str | None = None
         self._buffer: list[MicroBatch] = []
         self._buffer_seed = 0
-        self._started: float | None = None
         self._owes_evaluation = False
         self._batch: PromptBatch | None = None
         self._resumed: dict[str, Any] | None = None
@@ -244,7 +241,7 @@ class AlignmentModule(EvaluatedModule, ABC):
 
     def on_train_batch_start(self, batch: PromptBatch, batch_idx: int) -> None:
         """Makes a rollout where one is due, and counts the tokens of the accumulation window."""
-        self._started = time.perf_counter()
+        self.progress.begin_step()
         resumed_inside = not self._buffer and batch.step > 0
         if batch.step == 0 or resumed_inside:
             with self.trainer.precision_plugin.forward_context():
@@ -278,12 +275,7 @@ class AlignmentModule(EvaluatedModule, ABC):
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         """Adds to the time that training took."""
-        self.progress.seconds, self._started = self._seconds(), None
-
-    def _seconds(self) -> float:
-        """What training took, up to now where a step is going on: checkpoints are made in it."""
-        now = time.perf_counter()
-        return self.progress.seconds + (0.0 if self._started is None else now - self._started)
+        self.progress.end_step()
 
     def _new_rollout(self, prompts: tuple[Prompt, ...]) -> None:
         self.before_rollout()
@@ -397,11 +389,8 @@ class AlignmentModule(EvaluatedModule, ABC):
             if inside
             else None,
         }
-        checkpoint["iqstar"] = {
-            "progress": asdict(replace(self.progress, seconds=self._seconds())),
-            "owes_evaluation": evaluation_is_due(self.trainer)
-            and all(e.step != self.global_step for e in self.evaluations),
-            "evaluations": [asdict(e) for e in self.evaluations],
+        checkpoint["iqstar"] = self.measured() | {
+            "owes_evaluation": owes_evaluation(self.trainer, self.evaluations),
             "frozen": frozen_fingerprints(self.policy, self.frozen_parts),
             "precision": str(self.trainer.precision),
             "recipe": self.recipe,
@@ -425,12 +414,8 @@ class AlignmentModule(EvaluatedModule, ABC):
                 f"The checkpoint was trained with trainer.precision={saved['precision']}, this run "
                 f"has {self.trainer.precision}: it will not go on exactly as it would have"
             )
-        self.progress = Progress(**saved["progress"])
+        self.take_up(saved)
         self._owes_evaluation = saved.get("owes_evaluation", False)
-        self.evaluations = [
-            Evaluation(**{**e, "samples": tuple(Sample(**s) for s in e["samples"])})
-            for e in saved["evaluations"]
-        ]
         if len(saved["ranks"]) == self.trainer.world_size:
             self._resumed = saved["ranks"][self.global_rank]
 

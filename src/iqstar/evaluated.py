@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from lightning import LightningModule
 
@@ -26,12 +28,27 @@ class Progress:
         samples: Responses sampled by all ranks.
         seconds: Time spent on training steps and their rollouts.
         clock: When the last optimiser step ended, for the throughput.
+        started: When the present training step began; None between steps.
     """
 
     rollouts: int = 0
     samples: int = 0
     seconds: float = 0.0
     clock: float = field(default_factory=time.perf_counter)
+    started: float | None = None
+
+    def begin_step(self) -> None:
+        """Starts the clock of a training step."""
+        self.started = time.perf_counter()
+
+    def end_step(self) -> None:
+        """Counts its time."""
+        self.seconds, self.started = self.state()["seconds"], None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, which may be made within a step."""
+        step = 0.0 if self.started is None else time.perf_counter() - self.started
+        return {**asdict(self), "seconds": self.seconds + step, "started": None}
 
 
 class EvaluatedModule(LightningModule):
@@ -102,6 +119,19 @@ class EvaluatedModule(LightningModule):
                 logger.log_metrics(curves, step=self.global_step)
         else:
             self.log_dict(curves, sync_dist=False, rank_zero_only=False)
+
+    def measured(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run's progress and evaluations."""
+        evaluations = [asdict(found) for found in self.evaluations]
+        return {"progress": self.progress.state(), "evaluations": evaluations}
+
+    def take_up(self, saved: Mapping[str, Any]) -> None:
+        """Goes on from what :meth:`measured` gave."""
+        self.progress = Progress(**saved["progress"])
+        self.evaluations = [
+            Evaluation(**{**found, "samples": tuple(Sample(**s) for s in found["samples"])})
+            for found in saved["evaluations"]
+        ]
 
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """The same measurement as validation."""

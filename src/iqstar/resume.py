@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from iqstar.assignment import MicroBatch
 from iqstar.errors import InputError
+from iqstar.evaluation import Evaluation
 from iqstar.mdp import Message, Prompt, Rollout, make_rollout
 from iqstar.policy import CausalLM, Policy
 
@@ -67,10 +68,11 @@ def count_batches_as_the_loader(trainer: Trainer) -> None:
         now.ready = now.started = now.processed = now.completed = position
 
 
-def evaluation_is_due(trainer: Trainer) -> bool:
-    """Whether an evaluation follows the present batch, or is going on."""
-    loop = trainer.fit_loop.epoch_loop
-    return trainer.global_step > 0 and loop._should_check_val_fx(None)  # type: ignore[arg-type]
+def owes_evaluation(trainer: Trainer, evaluations: Sequence[Evaluation]) -> bool:
+    """Whether an evaluation follows the present batch, or is going on, and is not among these."""
+    loop, step = trainer.fit_loop.epoch_loop, trainer.global_step
+    due = step > 0 and loop._should_check_val_fx(None)  # type: ignore[arg-type]
+    return due and all(found.step != step for found in evaluations)
 
 
 def make_up_evaluation(trainer: Trainer) -> None:

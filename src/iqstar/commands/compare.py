@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from iqstar.commands.options import OptionParser
 from iqstar.compare import curves as results
+from iqstar.compare.kept import SETTINGS, keep
 from iqstar.compare.page import claims, markdown, plot
 from iqstar.compare.pairs import write_pairs
-from iqstar.compare.plan import Comparison, Run, main_runs, read_comparison, sweep_runs
-from iqstar.compare.runner import command_of, execute
-from iqstar.compare.setting import build
+from iqstar.compare.plan import (
+    SDFT,
+    Comparison,
+    Method,
+    Run,
+    main_runs,
+    read_comparison,
+    sweep_runs,
+)
+from iqstar.compare.runner import command_of, description_of, execute, settings_of
+from iqstar.compare.setting import build, check
 from iqstar.errors import InputError
 
 DESCRIPTION = """Trains every method of a comparison on the same policy, prompts, seeds and budget
@@ -53,9 +64,9 @@ def main(argv: list[str]) -> int:
         comparison = comparison.with_common(data)
     name = options.config.stem + ("-fast" if options.fast else "")
     output: Path = options.output or Path("runs") / name
-    output.mkdir(parents=True, exist_ok=True)
     if options.minutes is not None and options.minutes <= 0:
         raise InputError(f"--minutes: must be positive, got {options.minutes}")
+    output.mkdir(parents=True, exist_ok=True)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     done = not options.report_only and make(comparison, output, deadline)
     report = options.report or output / "results.md"
@@ -76,23 +87,61 @@ def make(comparison: Comparison, output: Path, deadline: float | None) -> bool:
 
     Returns:
         Whether all are finished.
+
+    Raises:
+        InputError: If settings are wrong, those of a finished run are others, or a run fails.
     """
     pairs = output / "pairs.jsonl"
-    needed = max((m.responses for m in comparison.methods if m.pairs), default=0)
-    if needed and not pairs.exists():
-        setting = build(comparison.common, comparison.sweep_seed, output / "common.yaml")
-        kept, dropped = write_pairs(setting, needed, pairs)
-        _say(f"{kept} pairs for DPO, {dropped} left out whose responses the judge ties")
+
+    def remaining(runs: Iterable[Run]) -> list[Run]:
+        found = list(runs)
+        for run in found:
+            description = description_of(run, comparison, output, pairs)
+            keep(output / run.name / SETTINGS, description)
+        return results.pending(found, output)
 
     def command(run: Run) -> list[str]:
-        return command_of(run, comparison, output, pairs)
+        return command_of(run, output)
 
-    runs = results.pending(list(sweep_runs(comparison)), output)
-    if not execute(runs, command, output, deadline, _say):
+    sweeps = remaining(sweep_runs(comparison))
+    for method in comparison.methods:
+        _check(method, comparison, output)
+    _make_pairs(comparison, output, pairs)
+    if not execute(sweeps, command, output, deadline, _say):
         return False
     rates = {name: found.rate for name, found in results.choices(comparison, output).items()}
-    runs = results.pending(list(main_runs(comparison, rates)), output)
-    return execute(runs, command, output, deadline, _say)
+    return execute(remaining(main_runs(comparison, rates)), command, output, deadline, _say)
+
+
+def _check(method: Method, comparison: Comparison, output: Path) -> None:
+    """What is wrong with a method's settings is said before the first run, not hours after it."""
+    needed = ["matplotlib"] + (["trl"] if method.settings == SDFT else [])
+    if missing := next((name for name in needed if find_spec(name) is None), None):
+        raise InputError(f"iqstar compare needs {missing}; install the extra: compare")
+    if method.settings != SDFT:
+        rate = comparison.families[method.family].rates[0]
+        run = Run(method=method, rate=rate, seed=0, responses=method.responses, evaluations=1)
+        settings = settings_of(run, comparison, output, output / "pairs.jsonl")
+        try:
+            check(settings, output / "check.yaml")
+        except InputError as error:
+            raise InputError(f"methods.{method.name}: {error}") from error
+
+
+def _make_pairs(comparison: Comparison, output: Path, pairs: Path) -> None:
+    needed = max((m.responses for m in comparison.methods if m.pairs), default=0)
+    if not needed:
+        return
+    seed = comparison.sweep_seed
+    settings = {"common": dict(comparison.common), "responses": needed, "seed": seed}
+    if pairs.exists():
+        keep(pairs.with_suffix(".yaml"), settings)
+        return
+    setting = build(comparison.common, seed, output / "common.yaml")
+    kept, dropped = write_pairs(setting, needed, pairs)
+    pairs.with_suffix(".yaml").unlink(missing_ok=True)
+    keep(pairs.with_suffix(".yaml"), settings)
+    _say(f"{kept} pairs for DPO, {dropped} left out whose responses the judge ties")
 
 
 def write_report(comparison: Comparison, output: Path, report: Path) -> None:

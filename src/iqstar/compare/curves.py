@@ -35,7 +35,10 @@ Curve = tuple[Point, ...]
 
 
 def read_curve(folder: Path) -> Curve | None:
-    """A finished run's evaluations, from its ``summary.json``; None where there is none."""
+    """A finished run's evaluations, from its ``summary.json``; None where there is none.
+
+    A run whose loss became NaN or infinite is finished, and has none.
+    """
     try:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -95,7 +98,8 @@ def choices(comparison: Comparison, folder: Path) -> dict[str, Choice]:
     found: dict[str, dict[float, float]] = {}
     for run in sweep_runs(comparison):
         if (curve := read_curve(folder / run.name)) is not None:
-            found.setdefault(run.method.family, {})[run.rate] = curve[-1].score
+            score = curve[-1].score if curve else math.nan
+            found.setdefault(run.method.family, {})[run.rate] = score
     return {
         name: choose(family, found[name])
         for name, family in comparison.families.items()
@@ -110,7 +114,7 @@ def finished(comparison: Comparison, folder: Path) -> dict[str, dict[int, Curve]
         return {}
     curves: dict[str, dict[int, Curve]] = {}
     for run in main_runs(comparison, rates):
-        if (curve := read_curve(folder / run.name)) is not None:
+        if curve := read_curve(folder / run.name):
             curves.setdefault(run.method.name, {})[run.seed] = curve
     return curves
 

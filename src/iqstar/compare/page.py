@@ -22,7 +22,6 @@ from iqstar.compare.curves import (
 )
 from iqstar.compare.plan import Comparison
 from iqstar.errors import InputError
-from iqstar.intervals import mean_interval
 
 AXES = (
     ("responses", "sampled responses"),
@@ -75,7 +74,8 @@ def markdown(comparison: Comparison, curves: Curves, chosen: Mapping[str, Choice
         for seed in method.seeds
         if seed not in curves.get(method.name, {})
     ]
-    lines += ["", f"Not done: {', '.join(missing) if missing else 'nothing is missing'}."]
+    lines += ["", "Of several seeds: their mean, and their lowest and highest figure.", ""]
+    lines.append(f"Not done, or diverged: {', '.join(missing) if missing else 'none'}.")
     return "\n".join(lines) + "\n"
 
 
@@ -119,16 +119,17 @@ def claims(comparison: Comparison, curves: Curves) -> str:
     names = [m.name for m in comparison.methods if not m.control and m.name in curves]
     lines = [
         "| against the best of | its score | method | share of its responses to that score "
-        "| of its KL at that score | of its gain at its KL | runs that reach that score |",
+        "| of its KL at that score | of its gain at its KL | pairs that reach that score |",
         "|---|---|---|---|---|---|---|",
     ]
     for theirs, ours in permutations(names, 2):
         marks = list(curves[theirs].values())
         found = [against(o, t) for o, t in product(curves[ours].values(), marks)]
         cells = [theirs, _number(mean(best(curve).score for curve in marks)), ours]
-        cells += [_range([f.responses for f in found]), _range([f.kl for f in found])]
+        cells += [_never([f.responses for f in found]), _never([f.kl for f in found])]
         cells += [_range([f.gain for f in found])]
-        cells.append(f"{mean(float(not math.isnan(f.responses)) for f in found):.0%}")
+        reach = sum(not math.isnan(f.responses) for f in found)
+        cells.append(f"{reach} of {len(found)}")
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| control | of | share of its gain |", "|---|---|---|"]
     for control in comparison.methods:
@@ -139,7 +140,8 @@ def claims(comparison: Comparison, curves: Curves) -> str:
             lines.append(f"| {control.name} | {real} | {_range(shares)} |")
     lines += [
         "",
-        "Medians over all pairs of a run of one and a run of the other, and their range.",
+        "Medians over all pairs of a run of one and a run of the other, and their range. Whoever",
+        "never has that score counts as last; for the gain, pairs that have that KL count.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -188,8 +190,9 @@ def plot(comparison: Comparison, curves: Curves, folder: Path) -> list[Path]:
 
 
 def _columns(curves: Sequence[Curve], axis: str) -> tuple[list[float], list[float]]:
-    """Means over curves at each evaluation, as far as all have it."""
-    rows = list(zip(*curves, strict=False))
+    """Means over curves at each evaluation that all have."""
+    common = set.intersection(*({point.steps for point in curve} for curve in curves))
+    rows = [[p for curve in curves for p in curve if p.steps == step] for step in sorted(common)]
     return (
         [mean(float(getattr(point, axis)) for point in row) for row in rows],
         [mean(point.score for point in row) for row in rows],
@@ -197,18 +200,24 @@ def _columns(curves: Sequence[Curve], axis: str) -> tuple[list[float], list[floa
 
 
 def _many(values: Sequence[float]) -> str:
-    """A value, or the mean over seeds with its bootstrap interval."""
-    if len(values) == 1:
-        return _number(values[0])
-    return format(mean_interval(values), ".3f")
+    """A value, or the mean over seeds with its range."""
+    known = [value for value in values if not math.isnan(value)]
+    if len(known) < 2:
+        return _number(mean(known))
+    return f"{mean(known):.3f} ({min(known):.3f}–{max(known):.3f})"
 
 
 def _range(values: Sequence[float]) -> str:
     """The median of what is known, with its range."""
     known = [value for value in values if not math.isnan(value)]
-    if len(known) < 2:
-        return _number(mean(known))
-    return f"{median(known):.2f} ({min(known):.2f}–{max(known):.2f})"
+    return _never(known) if known else "–"
+
+
+def _never(values: Sequence[float]) -> str:
+    """The median with its range; NaN is never."""
+    shares = sorted(math.inf if math.isnan(value) else value for value in values)
+    text = [f"{v:.2f}" if math.isfinite(v) else "never" for v in (median(shares), *shares)]
+    return text[0] if text[1] == text[-1] else f"{text[0]} ({text[1]}–{text[-1]})"
 
 
 def _ratio(ours: float, theirs: float) -> float:

@@ -57,11 +57,10 @@ def write_pairs(setting: Setting, responses: int, path: Path) -> tuple[int, int]
         texts = [module.chat.decode(response).strip() for response in rollout.responses]
         scores = scores_of(module.judge, rollout.prompts, texts)
         whole = [not cut for cut in rollout.truncated.tolist()]
-        rows += [
-            row
-            for number, prompt in zip(range(0, len(texts), 2), asked, strict=True)
-            if (row := _pair(prompt, *(x[number : number + 2] for x in (texts, whole, scores))))
-        ]
+        for number, prompt in zip(range(0, len(texts), 2), asked, strict=True):
+            two = slice(number, number + 2)
+            if row := _pair(prompt, texts[two], whole[two], scores[two]):
+                rows.append(row)
     if not rows:
         raise InputError("budget: the judge tells no pair of responses apart; sample more")
     _write(path.with_name(HELDOUT), [_asked(prompt) for prompt in setting.data.heldout_prompts])

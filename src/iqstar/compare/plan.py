@@ -179,13 +179,11 @@ def read_comparison(file: Path, fast: bool = False) -> Comparison:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping with another laid over it, level by level; a null takes a key away."""
+    """A mapping with another laid over it, level by level."""
     result = dict(base)
     for key, value in over.items():
         if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
             result[key] = merged(result[key], value)
-        elif value is None:
-            result.pop(key, None)
         else:
             result[key] = value
     return result
@@ -195,15 +193,15 @@ def _comparison(content: Mapping[str, Any]) -> Comparison:
     known = {"common", "families", "methods", "budget", "principle"}
     if unknown := sorted(content.keys() - known):
         raise ValueError(f"unknown key {unknown[0]}; known: {', '.join(sorted(known))}")
-    budget = content["budget"]
-    methods = tuple(_method(name, fields, budget) for name, fields in content["methods"].items())
+    budget = _Keys("budget", content["budget"])
+    sweep = _positive("budget.sweep", budget["sweep"])
+    methods = tuple(
+        _method(name, _Keys(f"methods.{name}", fields), budget)
+        for name, fields in _Keys("methods", content["methods"]).items()
+    )
     families = {
-        name: Family(
-            name=name,
-            rates=tuple(sorted(float(rate) for rate in fields["rates"])),
-            sweep=fields["sweep"],
-        )
-        for name, fields in content["families"].items()
+        name: _family(name, _Keys(f"families.{name}", fields))
+        for name, fields in _Keys("families", content["families"]).items()
     }
     names = {method.name for method in methods}
     for family in families.values():
@@ -214,16 +212,39 @@ def _comparison(content: Mapping[str, Any]) -> Comparison:
     for method in methods:
         if method.family not in families:
             raise ValueError(f"methods.{method.name}.family: no family is called {method.family}")
+        if method.responses <= sweep:
+            raise ValueError(f"methods.{method.name}: needs more responses than budget.sweep")
     return Comparison(
-        common=content["common"],
+        common=_Keys("common", content["common"]),
         families=families,
         methods=methods,
         responses_per_step=_positive("budget.responses_per_step", budget["responses_per_step"]),
-        sweep_responses=_positive("budget.sweep", budget["sweep"]),
+        sweep_responses=sweep,
         sweep_seed=int(budget.get("sweep_seed", 0)),
         evaluations=_positive("budget.evaluations", budget["evaluations"]),
         principle=content["principle"],
     )
+
+
+class _Keys(dict[str, Any]):
+    """A mapping of the file; a key that is missing is named in full."""
+
+    def __init__(self, place: str, content: Any) -> None:
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{place}: must be a mapping of keys to values, found {content!r}")
+        super().__init__(content)
+        self.place = place
+
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(f"{self.place}.{key}")
+
+
+def _family(name: str, fields: Mapping[str, Any]) -> Family:
+    try:
+        rates = tuple(sorted(float(rate) for rate in fields["rates"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"families.{name}.rates: needs a list of learning rates") from error
+    return Family(name=name, rates=rates, sweep=fields["sweep"])
 
 
 def _method(name: str, fields: Mapping[str, Any], budget: Mapping[str, Any]) -> Method:
@@ -233,16 +254,18 @@ def _method(name: str, fields: Mapping[str, Any], budget: Mapping[str, Any]) -> 
     settings = fields["settings"]
     if settings != SDFT and not isinstance(settings, Mapping):
         raise ValueError(f"methods.{name}.settings: give settings of iqstar fit, or {SDFT}")
-    seeds = tuple(int(seed) for seed in fields.get("seeds", [0]))
-    if not seeds:
-        raise ValueError(f"methods.{name}.seeds: needs one or more")
+    seeds = fields.get("seeds", [0])
+    if not (isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds)):
+        raise ValueError(f"methods.{name}.seeds: needs a list of one or more whole numbers")
     return Method(
         name=name,
         family=fields["family"],
         settings=settings,
         responses=_positive(f"methods.{name}.responses", fields.get("responses", budget["run"])),
-        seeds=seeds,
-        steps_per_rollout=int(fields.get("steps_per_rollout", 1)),
+        seeds=tuple(seeds),
+        steps_per_rollout=_positive(
+            f"methods.{name}.steps_per_rollout", fields.get("steps_per_rollout", 1)
+        ),
         pairs=bool(fields.get("pairs", False)),
         control=bool(fields.get("control", False)),
     )

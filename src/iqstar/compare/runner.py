@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from iqstar.atomic import remove, written_beside
+from iqstar.atomic import remove
+from iqstar.compare.kept import SETTINGS
 from iqstar.compare.pairs import HELDOUT
 from iqstar.compare.plan import SDFT, Comparison, Run, merged
 from iqstar.errors import InputError
+from iqstar.summary import write_json
 
+NON_FINITE = 3
+"""Exit code of a run whose loss became NaN or infinite."""
 GRACE = 120.0
 """Seconds that a run is given to save itself at the end of the time."""
 
@@ -36,6 +38,7 @@ def settings_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> 
         "seed_everything": run.seed,
         "trainer": {
             "max_steps": steps,
+            "check_val_every_n_epoch": None,
             "val_check_interval": max(steps // run.evaluations, 1),
             "logger": {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -47,39 +50,34 @@ def settings_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> 
     if run.method.pairs:
         files = {"path": str(pairs), "heldout_path": str(pairs.with_name(HELDOUT))}
         settings = merged(settings, {"data": {"init_args": files}})
-    settings = merged(settings, own)
-    settings["trainer"]["check_val_every_n_epoch"] = None
-    return settings
+    return merged(settings, own)
 
 
-def command_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> list[str]:
-    """The command that makes a run, or goes on with it; its settings are written to a file."""
-    place = folder / run.name
-    place.mkdir(parents=True, exist_ok=True)
-    file = place / "run.yaml"
+def description_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> dict[str, Any]:
+    """All that a run depends on, as its ``run.yaml`` has it: our settings, or the peer's."""
     if run.method.settings == SDFT:
-        content = {
+        return {
             "common": _with_rate(comparison.common, run),
             "principle": comparison.principle,
             "seed": run.seed,
             "steps": run.steps(comparison.responses_per_step),
             "responses_per_step": comparison.responses_per_step,
             "evaluations": run.evaluations,
-            "output": str(place),
+            "output": str(folder / run.name),
         }
-        _write(file, content)
-        return [sys.executable, "-m", "iqstar.compare.peer", str(file)]
-    _write(file, settings_of(run, comparison, folder, pairs))
-    return [sys.executable, "-m", "iqstar.cli", "fit", "--config", str(file), "--ckpt_path", "last"]
+    return settings_of(run, comparison, folder, pairs)
+
+
+def command_of(run: Run, folder: Path) -> list[str]:
+    """The command that makes a run, or goes on with it; its settings are in ``run.yaml``."""
+    file = str(folder / run.name / SETTINGS)
+    if run.method.settings == SDFT:
+        return [sys.executable, "-m", "iqstar.compare.peer", file]
+    return [sys.executable, "-m", "iqstar.cli", "fit", "--config", file, "--ckpt_path", "last"]
 
 
 def _with_rate(common: Mapping[str, Any], run: Run) -> dict[str, Any]:
     return merged(common, {"model": {"init_args": {"optimizer": {"init_args": {"lr": run.rate}}}}})
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    with written_beside(file) as part:
-        part.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def execute(
@@ -103,7 +101,7 @@ def execute(
         Whether all are done.
 
     Raises:
-        InputError: If a run fails; those before it are kept.
+        InputError: If a run fails; those before it are kept. One that diverges is finished.
     """
     for number, run in enumerate(runs, start=1):
         if deadline is not None and time.monotonic() >= deadline:
@@ -118,10 +116,13 @@ def execute(
         if code is None:
             say(f"{run.name}: stopped after {seconds:.0f} s; it goes on next time")
             return False
-        if code != 0:
+        if code == NON_FINITE:
+            write_json(folder / run.name / "summary.json", {"evaluations": []})
+        elif code != 0:
             raise InputError(f"{run.name} failed (exit code {code}): {_last_line(log)}; see {log}")
         remove(folder / run.name / "checkpoints")  # it is finished: a gigabyte that nothing needs
-        say(f"{number}/{len(runs)} {run.name}: {seconds:.0f} s")
+        end = f": {_last_line(log)}" if code else ""
+        say(f"{number}/{len(runs)} {run.name}: {seconds:.0f} s{end}")
     return True
 
 

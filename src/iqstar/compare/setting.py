@@ -52,6 +52,28 @@ class Setting:
         return found[:number]
 
 
+def check(settings: Mapping[str, Any], file: Path) -> None:
+    """Parses a run's settings and builds its parts, without weights or data.
+
+    Args:
+        settings: Those of ``iqstar fit``.
+        file: Where they may be written, for the parser to read.
+
+    Raises:
+        InputError: If they are wrong.
+    """
+    file.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
+    _read(file)
+
+
+def _read(file: Path) -> _CommonCLI:
+    arguments = ["--config", str(file)]
+    with readable_errors(read_settings(arguments)), less_chatter():
+        return _CommonCLI(
+            args=arguments, run=False, parser_kwargs={"exit_on_error": False}, **CLI_OPTIONS
+        )
+
+
 class _CommonCLI(OneDeviceCLI):
     """Reads what the runs share; draws what they draw at the start."""
 
@@ -71,10 +93,7 @@ def build(common: Mapping[str, Any], seed: int, file: Path) -> Setting:
     """
     settings = merged(merged(NO_ESTIMATOR, common), {"seed_everything": seed})
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    arguments = ["--config", str(file)]
-    with readable_errors(read_settings(arguments)), less_chatter():
-        cli = _CommonCLI(
-            args=arguments, run=False, parser_kwargs={"exit_on_error": False}, **CLI_OPTIONS
-        )
+    cli = _read(file)
+    with less_chatter():
         data = cli.read_data("fit")
     return Setting(module=cli.model, data=data, trainer=cli.trainer)
