@@ -1,7 +1,11 @@
 """Estimators of the optimal policy against naive full forwards, and the controls."""
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -12,6 +16,7 @@ from iqstar.chat import PLACEMENTS, ChatFormat, place_principle
 from iqstar.distributions import HeadDistributions, LogLinear, Reindexed
 from iqstar.errors import InputError
 from iqstar.estimators import (
+    PLACEBOS,
     AlignedPairEstimator,
     ContrastiveEstimator,
     MixtureEstimator,
@@ -162,6 +167,31 @@ def test_a_placebo_is_another_text_of_the_same_length(text):
     assert estimator.estimator.texts == again
 
 
+def test_each_text_gets_a_placebo_of_its_own():
+    """As many as the shipped mixture has; what they were before stays, to the letter."""
+    shipped = Path(__file__).parents[1] / "configs" / "estimator" / "mixture.yaml"
+    arguments = yaml.safe_load(shipped.read_text())["init_args"]
+    parts = [ContrastiveEstimator(**part["init_args"]) for part in arguments["estimators"]]
+    wanted = [text for part in parts for text in part.texts.values()]
+    chat = words_only()
+    PlaceboEstimator(MixtureEstimator(parts, arguments["weights"])).setup(chat, "64-true")
+    told = [text for part in parts for text in part.texts.values()]
+    assert [chat.count(text) for text in told] == [chat.count(text) for text in wanted]
+    assert len(set(told)) == len(told) == len(PLACEBOS) == 4
+    assert told == [placebo(*pair, chat) for pair in zip(wanted, PLACEBOS, strict=True)]
+    assert [hashlib.sha256(text.encode()).hexdigest()[:8] for text in PLACEBOS[:2]] == [
+        "6f560bd7",
+        "f1ba4eac",
+    ]
+
+
+def test_more_texts_than_placebos_are_refused():
+    parts = [contrast(), contrast(), PrincipleEstimator(KIND)]
+    estimator = PlaceboEstimator(MixtureEstimator(parts, [1.0, 1.0, 1.0]))
+    with pytest.raises(InputError, match=r"estimator\.init_args\.estimator: .* 4 unrelated texts"):
+        estimator.setup(words_only(), "64-true")
+
+
 def test_a_placebo_estimates_what_its_text_says(scored):
     module, rollout, scorer = scored
     estimator = PlaceboEstimator(PrincipleEstimator(KIND))
@@ -170,10 +200,10 @@ def test_a_placebo_estimates_what_its_text_says(scored):
     close(every(estimator.estimate(scorer, scorer.reference(), 0)), naive(module, rollout, text))
 
 
-def test_a_placebo_in_small_tokens_is_as_long_to_half_a_word():
+@pytest.mark.parametrize("source", PLACEBOS)
+def test_a_placebo_in_small_tokens_is_as_long_to_half_a_word(source):
     """Words are never cut: with a token a letter, the nearest whole word decides."""
     chat = ChatFormat(tiny_tokenizer())
-    source = "A canal lock lifts boats from one level of water to another."
     longest = max(chat.count(" " + word) for word in source.split())
     for n in range(1, 8):
         text = " ".join(["moss", "a", "hill", "under", "seventeen", "of", "you"][:n])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from iqstar.chat import ChatFormat
 from iqstar.distributions import LogLinear, Reindexed, TokenDistributions
-from iqstar.estimators.base import FrozenScorer, OptimalPolicyEstimator
+from iqstar.errors import InputError
+from iqstar.estimators.base import KEY, FrozenScorer, OptimalPolicyEstimator
 
 
 class NullEstimator(OptimalPolicyEstimator):
@@ -26,18 +27,23 @@ PLACEBOS = (
     "most of the ocean floor consists of it. Granite cools slowly at depth and has large crystals.",
     "A canal lock lifts boats from one level of water to another between two gates, and each gate "
     "opens once the water on both sides is level. The valves are worked by hand or by a motor.",
+    "A sundial shows the hour by the shadow of a rod on a marked plate, and the shadow is shortest "
+    "at noon. The plate is tilted by an angle that depends on the latitude of the place.",
+    "Barley is a cereal grass that grows in cool climates, and its grains sit in two or six rows "
+    "along the ear. Some of it is sown in autumn, some in spring, and it ripens in early summer.",
 )
-"""Plain facts without an address to anybody, told in place of a principle."""
+"""Plain facts without an address to anybody, told in place of principles, in this order."""
 
 
 class PlaceboEstimator(OptimalPolicyEstimator):
     """Control: another estimator with its principles replaced by unrelated facts of equal length.
 
     What it gains is owed to *any* text in that place, not to the principle's content. The first
-    principle becomes one text, an antiprinciple another, each as long in tokens, to a word.
+    principle becomes one text, an antiprinciple another, each as long in tokens, to a word. There
+    are four such texts.
 
     Args:
-        estimator: The estimator whose principles are replaced.
+        estimator: The estimator whose principles are replaced, four at most.
     """
 
     def __init__(self, estimator: OptimalPolicyEstimator) -> None:
@@ -46,10 +52,14 @@ class PlaceboEstimator(OptimalPolicyEstimator):
         self._rewritten = False
 
     def setup(self, chat: ChatFormat, precision: str) -> None:
-        """See :meth:`OptimalPolicyEstimator.setup`."""
+        """See :meth:`OptimalPolicyEstimator.setup`.
+
+        Raises:
+            InputError: If the estimator has no principles, or too many.
+        """
         if not self._rewritten:
             sources = iter(PLACEBOS)
-            self.estimator.rewrite(lambda text: placebo(text, next(sources), chat))
+            self.estimator.rewrite(lambda text: placebo(text, _next_of(sources), chat))
             self._rewritten = True
         self.estimator.setup(chat, precision)
 
@@ -98,6 +108,16 @@ class ShuffledEstimator(OptimalPolicyEstimator):
                 (-1.0, Reindexed(reference, order)),
             ]
         )
+
+
+def _next_of(sources: Iterator[str]) -> str:
+    text = next(sources, None)
+    if text is None:
+        raise InputError(
+            f"{KEY}.estimator: PlaceboEstimator has {len(PLACEBOS)} unrelated texts, and the "
+            "estimator inside it has more principles; leave some of its parts out"
+        )
+    return text
 
 
 def placebo(text: str, source: str, chat: ChatFormat) -> str:
