@@ -27,7 +27,8 @@ from iqstar.estimators import (
     ShuffledEstimator,
     placebo,
 )
-from iqstar.rollouts import GenerateRollout
+from iqstar.estimators.response import CANDIDATES
+from iqstar.rollouts import GenerateRollout, rollout_seed
 from iqstar.scoring import RolloutScorer
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
@@ -368,7 +369,8 @@ def test_a_response_estimator_shows_each_prompt_its_own_best_response(scored):
     estimator = ResponseEstimator(KIND, RUDE, candidates=3, max_new_tokens=4)
     found = every(estimator.estimate(scorer, scorer.reference(), 9))
     prompts = list(dict.fromkeys(rollout.prompts))
-    candidates = estimator.engine.roll_out(module.policy, prompts, TEMPERATURE, 9)
+    seed = rollout_seed(9, CANDIDATES)
+    candidates = estimator.engine.roll_out(module.policy, prompts, TEMPERATURE, seed)
     gap = naive(module, candidates, KIND) - naive(module, candidates, RUDE)
     gaps = gap.gather(1, candidates.actions[:, None])[:, 0].split(candidates.lengths.tolist())
     texts = {}
@@ -381,6 +383,23 @@ def test_a_response_estimator_shows_each_prompt_its_own_best_response(scored):
         shown = estimator.exemplar.replace("{response}", texts[prompt])
         parts.append(naive(module, rollout.rows(row, row + 1), shown))
     close(found, torch.cat(parts))
+
+
+def test_candidates_are_drawn_apart_from_the_responses_that_are_scored(scored):
+    """One seed goes to both; at equal weights equal numbers would show a response to itself."""
+    module, seen = scored[0], []
+    rollout = GenerateRollout(4, responses_per_prompt=2).roll_out(
+        module.policy, PROMPTS, TEMPERATURE, 9
+    )
+    scorer = RolloutScorer(module.policy, [rollout], TEMPERATURE)
+    estimator = ResponseEstimator(KIND, RUDE, candidates=2, max_new_tokens=4)
+    sample = estimator.engine.sample
+    estimator.engine.sample = lambda *given: seen.append(sample(*given)) or seen[-1]
+    estimator.estimate(scorer, scorer.reference(), 9)
+    (candidates,) = seen
+    assert candidates.prompts == rollout.prompts
+    pairs = zip(candidates.responses, rollout.responses, strict=True)
+    assert not any(ours == theirs for ours, theirs in pairs)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,14 @@ from iqstar.estimators.base import KEY, FrozenScorer
 from iqstar.estimators.principle import ToldEstimator
 from iqstar.mdp import Prompt, Rollout
 from iqstar.policy import Policy
-from iqstar.rollouts import GenerateRollout
+from iqstar.rollouts import GenerateRollout, rollout_seed
 from iqstar.scoring import RolloutScorer
 
 EXEMPLAR = "Here is an example of a good reply:\n\n{response}"
 """How the model is shown a response."""
+CANDIDATES = 1 << 31
+"""Mixed into a rollout's seed for its candidates, which must not be the responses that are scored;
+no engine of a MixtureRollout has this number."""
 
 
 class ResponseEstimator(ToldEstimator):
@@ -77,7 +80,8 @@ class ResponseEstimator(ToldEstimator):
     def _best(self, scorer: RolloutScorer, prompts: Sequence[Prompt], seed: int) -> list[str]:
         """The text of each prompt's best response."""
         policy, temperature = scorer.policy, scorer.temperature
-        rollout = self.engine.roll_out(policy, prompts, temperature, seed)
+        own_seed = rollout_seed(seed, CANDIDATES)
+        rollout = self.engine.roll_out(policy, prompts, temperature, own_seed)
         ranks = self._ranks(policy, rollout, temperature).view(-1, self.candidates)
         chosen = ranks.argmax(dim=1) + torch.arange(len(prompts)) * self.candidates
         responses = rollout.responses
