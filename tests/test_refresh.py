@@ -8,8 +8,10 @@ import torch
 from fitting import LORA, PROMPTS, SaveAt, attach, copied, fit, make_module, same_bits, trained
 from iqstar.checkpoints import AtomicCheckpointIO
 from iqstar.errors import InputError
-from iqstar.estimators import NullEstimator
+from iqstar.estimators import NullEstimator, ResponseEstimator
 from iqstar.refresh import EMARefresh, PeriodicRefresh
+from iqstar.rollouts import GenerateRollout
+from iqstar.scoring import RolloutScorer
 
 
 def weights(model):
@@ -51,6 +53,30 @@ def test_one_role_alone_may_move(tiny):
         moved, kept = (module.frozen, told) if of == "reference" else (told, module.frozen)
         assert same_bits(weights(kept), start)
         assert not same_bits(weights(moved), start)
+
+
+@pytest.mark.parametrize("of", ["reference", "estimator"])
+def test_a_response_estimator_asks_its_own_model_only(tiny, of):
+    """Where one role moves, candidates, their ranks and the exemplar are of the estimator's."""
+    estimator = ResponseEstimator("Be kind to all.", "Be rude!", candidates=2, max_new_tokens=4)
+    module = attach(make_module(tiny, estimator, refresh=EMARefresh(of)))
+    rollout = GenerateRollout(5).roll_out(module.policy, PROMPTS, 1.0, 3)
+
+    def estimated():
+        scorer = RolloutScorer(module.policy, [rollout])
+        found = estimator.estimate(scorer, scorer.reference(), 3)
+        return found.logprobs(torch.arange(len(found)))
+
+    start = estimated()
+    with torch.no_grad():
+        for weight in module.frozen.parameters():
+            weight *= 1.5
+    assert torch.equal(estimated(), start)
+    estimator.model.load_state_dict(module.frozen.state_dict())
+    moved = estimated()
+    estimator.model = None  # the reference, which has the same weights now
+    torch.testing.assert_close(estimated(), moved)
+    assert (moved - start).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("of", ["both", "reference", "estimator"])

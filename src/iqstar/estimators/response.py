@@ -28,7 +28,8 @@ class ResponseEstimator(ToldEstimator):
     The model itself ranks its responses: by the mean over a response's tokens of
     log π_ref(·|c⁺) − log π_ref(·|c⁻), which does not favour the long ones. Experimental: a rule
     shared by all prompts is reported to work where instance-specific context fails
-    (arXiv 2605.11182).
+    (arXiv 2605.11182). Where ``model.refresh`` tells the estimator's model from the reference, the
+    estimator's samples, ranks and is shown.
 
     Args:
         principle: c⁺, what replies should follow.
@@ -75,13 +76,16 @@ class ResponseEstimator(ToldEstimator):
         distinct = list(dict.fromkeys(rows))
         best = dict(zip(distinct, self._best(scorer, distinct, seed), strict=True))
         texts = [self.exemplar.replace("{response}", best[prompt]) for prompt in rows]
-        return scorer.conditioned(texts, self.placement)
+        return scorer.conditioned(texts, self.placement, self.model)
 
     def _best(self, scorer: RolloutScorer, prompts: Sequence[Prompt], seed: int) -> list[str]:
         """The text of each prompt's best response."""
         policy, temperature = scorer.policy, scorer.temperature
         own_seed = rollout_seed(seed, CANDIDATES)
-        rollout = self.engine.roll_out(policy, prompts, temperature, own_seed)
+        if self.model is None:
+            rollout = self.engine.roll_out(policy, prompts, temperature, own_seed)
+        else:
+            rollout = self.engine.sample(self.model, prompts, temperature, own_seed)
         ranks = self._ranks(policy, rollout, temperature).view(-1, self.candidates)
         chosen = ranks.argmax(dim=1) + torch.arange(len(prompts)) * self.candidates
         responses = rollout.responses
