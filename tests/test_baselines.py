@@ -116,6 +116,14 @@ def test_the_price_of_the_kl_follows_its_target():
     assert fixed.coefficient == 0.3
 
 
+def test_a_rollout_over_the_horizon_changes_the_price_by_a_fifth_at_most():
+    kl = AdaptiveKL(target=0.1, coefficient=0.05, horizon=10)
+    kl.update(0.0, 60)  # six horizons: a factor of 1 - 0.2 * 6 would be below 0
+    assert kl.coefficient == pytest.approx(0.05 * 0.8)
+    kl.update(9.0, 60)
+    assert kl.coefficient == pytest.approx(0.05 * 0.8 * 1.2)
+
+
 # -- TRL's losses, on the same tensors ---------------------------------------------------------
 
 
@@ -338,6 +346,25 @@ def test_a_resumed_run_goes_on_exactly(tiny, tmp_path, kind):
     if kind is PPO:
         assert second.kl.coefficient == straight.kl.coefficient != 0.05
         assert torch.equal(straight.value_head.linear.weight, second.value_head.linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "price"),
+    [
+        (FixedKL(0.3), FixedKL(0.2), 0.2),
+        (FixedKL(0.3), AdaptiveKL(coefficient=0.2), 0.2),
+        (AdaptiveKL(coefficient=0.3), FixedKL(0.2), 0.2),
+        (AdaptiveKL(coefficient=0.3), AdaptiveKL(coefficient=0.2), 0.3),
+    ],
+)
+def test_a_fixed_price_is_that_of_the_settings(tiny, tmp_path, before, now, price):
+    """Only a price that follows its target goes on from a checkpoint."""
+    path = tmp_path / "stop.ckpt"
+    before.update = lambda kl, responses: None  # its value stays what it is here
+    fit(build(PPO, tiny, kl=before), PROMPTS, max_steps=2, callbacks=[SaveAt(2, path)])
+    resumed = build(PPO, tiny, kl=now)
+    fit(resumed, PROMPTS, max_steps=2, ckpt_path=path)
+    assert resumed.kl.coefficient == price
 
 
 @pytest.mark.parametrize("kind", [PPO, GRPO])

@@ -43,8 +43,9 @@ class FixedKL(KLPenalty):
 class AdaptiveKL(KLPenalty):
     """A price that rises while the KL is over a target and falls while it is under it.
 
-    β ← β·(1 + clip(KL/target − 1, ±0.2)·n/horizon) after n responses (Ziegler et al. 2019,
-    arXiv 1909.08593, section 2.2), with the KL per token instead of per response.
+    β ← β·(1 + clip(KL/target − 1, ±0.2)·min(n/horizon, 1)) after n responses (Ziegler et al. 2019,
+    arXiv 1909.08593, section 2.2), with the KL per token instead of per response. Without the
+    minimum, which is ours, a rollout of five horizons could make the price 0 or negative.
 
     Args:
         target: Of the KL, nats per token.
@@ -64,7 +65,7 @@ class AdaptiveKL(KLPenalty):
     def update(self, kl: float, responses: int) -> None:
         """See :meth:`KLPenalty.update`."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.coefficient *= 1 + error * responses / self.horizon
+        self.coefficient *= 1 + error * min(responses / self.horizon, 1)
 
 
 def _check(**values: float | int) -> None:

@@ -182,15 +182,17 @@ class PPO(RewardedModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the price of the KL, which may have changed."""
+        """Adds the price of the KL, unless it is fixed."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["iqstar"]["kl_coefficient"] = self.kl.coefficient
+        if not isinstance(self.kl, FixedKL):
+            checkpoint["iqstar"]["kl_coefficient"] = self.kl.coefficient
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the price of the KL up again."""
+        """Takes the price of the KL up again; a fixed one is that of the settings."""
         super().on_load_checkpoint(checkpoint)
-        saved = checkpoint.get("iqstar", {})
-        self.kl.coefficient = saved.get("kl_coefficient", self.kl.coefficient)
+        if not isinstance(self.kl, FixedKL):
+            saved = checkpoint.get("iqstar", {})
+            self.kl.coefficient = saved.get("kl_coefficient", self.kl.coefficient)
 
 
 def whitening(
