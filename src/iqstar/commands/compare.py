@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -154,13 +156,30 @@ def write_report(comparison: Comparison, output: Path, report: Path) -> None:
     """
     chosen = results.choices(comparison, output)
     curves = results.finished(comparison, output)
-    parts = ["<!-- written by iqstar compare -->", markdown(comparison, curves, chosen)]
+    parts = [
+        "# Methods side by side",
+        f"Written by `iqstar compare`; what it does is in its documentation. {_versions()}.",
+        markdown(comparison, curves, chosen),
+    ]
     if curves:
         files = plot(comparison, curves, report.with_suffix(""))
         parts += [claims(comparison, curves)]
         parts += [f"![{file.stem}]({report.stem}/{file.name})" for file in files]
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _versions() -> str:
+    found = {name: _version(name) for name in ("iqstar", "torch", "transformers", "trl")}
+    known = [f"{name} {number}" for name, number in found.items() if number]
+    return f"{', '.join(known)}; {os.cpu_count()} CPU cores"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _say(text: str) -> None:

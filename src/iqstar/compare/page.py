@@ -161,6 +161,7 @@ def plot(comparison: Comparison, curves: Curves, folder: Path) -> list[Path]:
         InputError: If matplotlib is not installed.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(
@@ -184,7 +185,8 @@ def plot(comparison: Comparison, curves: Curves, folder: Path) -> list[Path]:
         axes.set_ylabel("judge's score on held-out prompts")
         axes.legend(fontsize=8)
         file = folder / f"{axis}.svg"
-        figure.savefig(file, metadata={"Date": None})
+        with rc_context({"svg.hashsalt": axis}):  # the same curves give the same file
+            figure.savefig(file, metadata={"Date": None})
         files.append(file)
     return files
 
