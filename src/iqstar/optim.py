@@ -19,9 +19,13 @@ becomes. torch's AdamW decays by 0.01 unless it is told otherwise; with ``fused:
 writes every weight once, on CPUs too."""
 
 
+ADAMW = {"lr": 2e-5, "weight_decay": 0.0, "fused": True}
+"""Arguments of the default optimiser."""
+
+
 def default_optimizer(parameters: Iterable) -> Optimizer:
     """AdamW with lr 2e-5 and no weight decay: the update stays near the reference by itself."""
-    return torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(parameters, **ADAMW)  # type: ignore[arg-type]
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -273,7 +273,7 @@ class Explainer:
         if not path:
             return list(self.keys)
         cls = self.class_at(path)
-        return [] if cls is None else _parameters(cls)
+        return [] if cls is None else parameters(cls)
 
     def class_at(self, path: tuple[str, ...]) -> type | None:
         """The class whose arguments stand below a place: the one named there, or the default."""
@@ -326,7 +326,8 @@ def _initializers(cls: type) -> Iterator[Any]:
                 return
 
 
-def _parameters(cls: type) -> list[str]:
+def parameters(cls: type) -> list[str]:
+    """The names of a class's settings, those that it hands on to its base included."""
     if not any("__init__" in vars(base) for base in cls.__mro__[:-1]):
         return list(inspect.signature(cls).parameters)
     found: dict[str, None] = {}
@@ -366,7 +367,7 @@ def _subclasses(bases: Sequence[type]) -> list[type]:
     return sorted(found, key=lambda c: not c.__module__.startswith("iqstar"))
 
 
-def _public(cls: type) -> str:
+def public_path(cls: type) -> str:
     """The shortest import path of a class."""
     parts = cls.__module__.split(".")
     for end in range(1, len(parts)):
@@ -377,7 +378,7 @@ def _public(cls: type) -> str:
 
 def _no_class(name: str, bases: Sequence[type]) -> str:
     """What to say of a class path that names no fitting class."""
-    choices = {cls.__name__: _public(cls) for cls in reversed(_subclasses(bases))}
+    choices = {cls.__name__: public_path(cls) for cls in reversed(_subclasses(bases))}
     module, _, last = name.rpartition(".")
     if not choices and module:
         try:

@@ -29,6 +29,7 @@ from iqstar.callbacks import KLLimit, PredictionWriter, SampleTable
 from iqstar.chatter import less_chatter
 from iqstar.checkpoints import AtomicCheckpointIO, check_complete, newest_checkpoint
 from iqstar.data import PromptDataModule
+from iqstar.defaults import as_settings, default_model
 from iqstar.errors import InputError, NonFiniteLossError
 from iqstar.export_callback import Export
 from iqstar.precision import default_precision
@@ -144,13 +145,17 @@ class IQStarCLI(LightningCLI):
         for key, cls in ROOTS.items():
             if issubclass(cls, Callback):
                 parser.add_lightning_class_args(cls, key)
+        settings = read_settings(self.arguments)
         parser.set_defaults(
             {
                 "checkpoint.save_last": "link",
                 "checkpoint.auto_insert_metric_name": False,
-                "model": {"class_path": "iqstar.InverseQStar"},
+                "model": default_model(settings),
             }
         )
+        if any(argument.startswith("--print_config") for argument in self.arguments):
+            named = [s.value for s in settings if s.plain == ("trainer", "accelerator")]
+            parser.set_defaults({"trainer.precision": default_precision((named or ["auto"])[-1])})
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:
@@ -261,7 +266,8 @@ def readable_errors(
         raise
     except ArgumentError as error:
         keys = [*ROOTS, "seed_everything", "ckpt_path", "weights_only", "config", *options]
-        raise Explainer(settings, {**ROOTS, **classes}, keys).explain(error.message) from error
+        every = [*as_settings(default_model(settings)), *settings]
+        raise Explainer(every, {**ROOTS, **classes}, keys).explain(error.message) from error
     except MisconfigurationException as error:
         raise InputError(f"trainer: {error}") from error
     except OSError as error:
