@@ -1,5 +1,7 @@
 """Parts that no setting names: they are printed, and one setting of theirs can be changed."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -131,3 +133,28 @@ def test_misspelt_setting_of_a_default_part(tmp_path, config, capsys):
     file = str(write_config(tmp_path, config))
     message = error_of(capsys, "fit", "--config", file, "--model.optimizer.lrr", "1")
     assert message.endswith("did you mean --model.optimizer.lr?")
+
+
+def test_epochs_alone_are_not_cut_short_by_the_default_steps(printed):
+    """Steps that are named still end the run, as the first of the two does in Lightning."""
+
+    def steps(*argv, keys=(("trainer.max_steps", REMOVED),)):
+        return printed(*argv, "--print_config", keys=keys)["trainer"]["max_steps"]
+
+    assert steps() == 100
+    assert steps("--trainer.max_epochs", "3") == -1
+    assert steps("--trainer.max_epochs=3", "--trainer.max_steps=7") == 7
+    assert steps("--trainer.max_epochs=-1") == 100
+    assert steps("--trainer.max_epochs=3", keys=()) == 2
+
+
+def test_a_run_of_epochs(tmp_path, config):
+    """5 steps an epoch; all of them are made, and the last one is measured."""
+    config = changed(config, "trainer.max_steps", REMOVED)
+    config = changed(config, "trainer.max_epochs", 2)
+    config = changed(config, "model.init_args.rollout", {"max_new_tokens": 4})
+    assert main(["fit", "--config", str(write_config(tmp_path, config))]) == 0
+    summary = json.loads((tmp_path / "runs" / "run" / "v" / "summary.json").read_text())
+    assert summary["optimizer_steps"] == 10
+    assert [e["step"] for e in summary["evaluations"]] == [0, 5, 10]
+    assert summary["after"] is not None

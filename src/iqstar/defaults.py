@@ -14,6 +14,7 @@ from iqstar.alignment import AlignmentModule
 from iqstar.baselines import PPO
 from iqstar.module import InverseQStar
 from iqstar.optim import ADAMW
+from iqstar.precision import default_precision
 from iqstar.settings import Explainer, Setting, parameters, public_path
 
 PARTS: Mapping[type, Mapping[str, Any]] = {
@@ -52,6 +53,22 @@ def default_model(settings: Sequence[Setting]) -> dict[str, Any]:
         if name in known and not is_named(settings, "model", name)
     }
     return {"class_path": public_path(cls), "init_args": parts}
+
+
+def default_trainer(settings: Sequence[Setting], printing: bool) -> dict[str, Any]:
+    """What the trainer's settings are where others or the machine decide, by their keys.
+
+    Args:
+        settings: What the user set.
+        printing: Whether they are only shown; a run chooses its precision when it starts.
+    """
+    given = {s.path[-1]: s.value for s in settings if s.path[:-1] == ("trainer",)}
+    found: dict[str, Any] = {}
+    if "max_steps" not in given and given.get("max_epochs", "") not in ("", "null", "~", "-1"):
+        found["trainer.max_steps"] = -1  # the default would end the run before its epochs do
+    if printing:
+        found["trainer.precision"] = default_precision(given.get("accelerator", "auto"))
+    return found
 
 
 def as_settings(model: Mapping[str, Any]) -> list[Setting]:

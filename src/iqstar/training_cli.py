@@ -29,7 +29,7 @@ from iqstar.callbacks import KLLimit, PredictionWriter, SampleTable
 from iqstar.chatter import less_chatter
 from iqstar.checkpoints import AtomicCheckpointIO, check_complete, newest_checkpoint
 from iqstar.data import PromptDataModule
-from iqstar.defaults import as_settings, default_model
+from iqstar.defaults import as_settings, default_model, default_trainer
 from iqstar.errors import InputError, NonFiniteLossError
 from iqstar.export_callback import Export
 from iqstar.precision import default_precision
@@ -146,16 +146,15 @@ class IQStarCLI(LightningCLI):
             if issubclass(cls, Callback):
                 parser.add_lightning_class_args(cls, key)
         settings = read_settings(self.arguments)
+        printing = any(argument.startswith("--print_config") for argument in self.arguments)
         parser.set_defaults(
             {
                 "checkpoint.save_last": "link",
                 "checkpoint.auto_insert_metric_name": False,
                 "model": default_model(settings),
+                **default_trainer(settings, printing),
             }
         )
-        if any(argument.startswith("--print_config") for argument in self.arguments):
-            named = [s.value for s in settings if s.plain == ("trainer", "accelerator")]
-            parser.set_defaults({"trainer.precision": default_precision((named or ["auto"])[-1])})
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:
