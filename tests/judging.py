@@ -27,3 +27,16 @@ class Broken(Vowels):
 
     def score(self, prompts, responses):
         raise RuntimeError("out of order")
+
+
+class Tiring(Vowels):
+    """Stops working after its first answer."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def score(self, prompts, responses):
+        self.asked += 1
+        if self.asked > 1:
+            raise RuntimeError("out of order")
+        return super().score(prompts, responses)

@@ -21,10 +21,11 @@ from iqstar.baselines.advantages import (
 )
 from iqstar.baselines.dpo import dpo_losses
 from iqstar.checkpoints import AtomicCheckpointIO
+from iqstar.curves import micro_batch_sums
 from iqstar.errors import InputError
 from iqstar.optim import Constant
 from iqstar.rollouts import DatasetRollout, GenerateRollout
-from judging import Broken, Gaps, Vowels
+from judging import Broken, Gaps, Tiring, Vowels
 from tiny import tiny_folder, tiny_tokenizer
 
 NAN = float("nan")
@@ -35,6 +36,26 @@ PAIRS = tuple(
     )
     for i in range(4)
 )
+
+
+class Half(GenerateRollout):
+    """Takes every second response, or all, for one that was cut."""
+
+    def __init__(self, limit, responses_per_prompt, every=2):
+        super().__init__(limit, responses_per_prompt)
+        self.every = every
+
+    def roll_out(self, policy, prompts, temperature, seed):
+        rollout = super().roll_out(policy, prompts, temperature, seed)
+        rows = torch.arange(len(rollout))
+        return replace(rollout, truncated=rows % self.every == self.every - 1)
+
+
+class Silent(Vowels):
+    """Gives no number."""
+
+    def score(self, prompts, responses):
+        return [NAN] * len(responses)
 
 
 def build(kind, folder, **options):
@@ -381,13 +402,90 @@ def test_responses_without_a_score_teach_nothing(tiny, kind):
 
 
 @pytest.mark.parametrize("kind", [PPO, GRPO])
-def test_a_run_outlives_its_judge(tiny, kind):
-    """All scores are missing: nothing is learnt, and the curves say so."""
-    module = build(kind, tiny, reward=Broken())
-    done = fit(module, PROMPTS, max_steps=2)
-    assert done.curves[-1]["train/reward_missing"] == 1
-    assert math.isnan(done.curves[-1]["train/reward"])
+def test_truncated_responses_that_are_left_out_have_no_score(tiny, kind):
+    """The judge is not asked about them, and neither their group nor a curve counts them."""
+    texts = []
+
+    class Asked(Vowels):
+        def score(self, prompts, responses):
+            texts.extend(responses)
+            return super().score(prompts, responses)
+
+    rollout = Half(5, responses_per_prompt=4)
+    module = attach(build(kind, tiny, reward=Asked(), rollout=rollout, mask_truncated=True))
+    (micro,) = module.collect(PROMPTS, 0)
+    cut, whole = micro.rollout.truncated, ~micro.rollout.truncated
+    assert cut.tolist() == [False, True] * 8
+    assert texts == [module.chat.decode(row) for row in micro.rollout.responses if row]
+    assert micro.scores[cut].isnan().all()
+    torch.testing.assert_close(micro.scores[whole], torch.tensor(Vowels().score((), texts)))
+    if kind is GRPO:
+        own = group_advantages(micro.scores[whole], 2)
+        torch.testing.assert_close(
+            micro.tokens.credit,
+            micro.rollout.rows(0, 16).spread(torch.zeros(16).masked_scatter(whole, own)),
+        )
+    sums = micro_batch_sums(micro, torch.tensor(0.0), {}, 1.0)
+    assert sums["reward"][1] == 8
+    assert [float(x) for x in sums["reward_missing"]] == [0.0, 8.0]
+
+
+@pytest.mark.parametrize("kind", [PPO, GRPO])
+def test_a_rollout_of_truncated_responses_teaches_nothing(tiny, kind):
+    rollout = Half(5, responses_per_prompt=2, every=1)
+    module = build(kind, tiny, rollout=rollout, mask_truncated=True, epochs_per_rollout=1)
+    done = fit(module, PROMPTS, max_steps=1)
     assert torch.equal(done.weights[0], done.weights[-1])
+    assert math.isnan(done.curves[0]["train/reward"])
+    assert math.isnan(done.curves[0]["train/reward_missing"])
+
+
+@pytest.mark.parametrize("kind", [PPO, GRPO])
+def test_a_run_outlives_its_judge(tiny, kind):
+    """From the second rollout on scores are missing: nothing is learnt, and the curves say so."""
+    rollout = GenerateRollout(5, responses_per_prompt=4)
+    module = build(kind, tiny, reward=Tiring(), rollout=rollout, epochs_per_rollout=1)
+    done = fit(module, PROMPTS, max_steps=2)
+    assert done.curves[0]["train/reward_missing"] == 0
+    assert done.curves[1]["train/reward_missing"] == 1
+    assert math.isnan(done.curves[1]["train/reward"])
+    assert not torch.equal(done.weights[0], done.weights[1])
+    assert torch.equal(done.weights[1], done.weights[2])
+
+
+class Refusing(Vowels):
+    """Says that it is set up wrongly."""
+
+    def score(self, prompts, responses):
+        raise InputError("model.judge.init_args.model: it has no weights; give another")
+
+
+@pytest.mark.parametrize(
+    ("judge", "reason"),
+    [
+        (Broken(), "RuntimeError: out of order"),
+        (Refusing(), r"model\.judge\.init_args\.model: it has no weights; give another"),
+        (Silent(), "each of its scores is NaN or infinite"),
+    ],
+)
+def test_a_judge_that_never_worked_is_an_error(tiny, judge, reason):
+    module = attach(build(GRPO, tiny, reward=judge))
+    with pytest.raises(InputError, match=rf"model\.reward: the judge vowels .*{reason}"):
+        module.collect(PROMPTS, 0)
+
+
+def test_the_first_responses_that_a_judge_is_asked_about_decide(tiny):
+    """A rollout that is left out whole says nothing about it; after one that it scored, gaps."""
+    rollout = Half(5, responses_per_prompt=2, every=1)
+    module = attach(build(GRPO, tiny, reward=Broken(), rollout=rollout, mask_truncated=True))
+    module.collect(PROMPTS, 0)
+    module.mask_truncated = False
+    with pytest.raises(InputError, match=r"model\.reward"):
+        module.collect(PROMPTS, 0)
+    module.reward = Tiring()
+    for number in range(2):
+        (micro,) = module.collect(PROMPTS, 0)
+        assert micro.scores.isnan().all() == bool(number)
 
 
 # -- bad input ------------------------------------------------------------------------------------
@@ -402,6 +500,7 @@ def test_a_run_outlives_its_judge(tiny, kind):
         (PPO, {"lam": 1.5}, r"model\.lam"),
         (PPO, {"clip_value": 0.0}, r"model\.clip_value"),
         (DPO, {"beta": 0.0}, r"model\.beta"),
+        (DPO, {"mask_truncated": True}, r"model\.mask_truncated: DPO samples no responses"),
         (DPO, {"label_smoothing": 0.5}, r"model\.label_smoothing"),
     ],
 )

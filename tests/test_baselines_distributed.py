@@ -63,10 +63,41 @@ def run(folder, name, **cut):
     return {"gradients": done.gradients, "weights": done.weights, "curves": curves, "kl": own}
 
 
+class Failing(Vowels):
+    """Fails on one rank, or on both, in one way or another."""
+
+    def __init__(self, error, ranks):
+        self.error, self.ranks = error, ranks
+
+    def score(self, prompts, responses):
+        if torch.distributed.get_rank() in self.ranks:
+            raise self.error
+        return super().score(prompts, responses)
+
+
+FAILURES = {
+    "set up wrongly on one": lambda: Failing(InputError("no such file"), (1,)),
+    "no score on any": lambda: Failing(RuntimeError("no such page"), (0, 1)),
+    "no score on one": lambda: Failing(RuntimeError("no such page"), (1,)),
+}
+
+
+def judged(folder, name):
+    """What becomes of a first rollout with a judge that fails."""
+    module = attach(build(folder, GRPO), "64-true")
+    module.reward = FAILURES[name]()
+    try:
+        (micro,) = module.collect(PROMPTS[:2], 0)
+    except InputError as error:
+        return str(error)
+    return micro.scores.isnan().all().item()
+
+
 def work(rank: int, folder: str, out: str) -> None:
     join(rank, out)
+    failures = {name: judged(folder, name) for name in FAILURES}
     strategy = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2}
-    runs = {}
+    runs = {"failures": failures}
     for name in KINDS:
         strategy["strategy"] = DDPStrategy(process_group_backend="gloo")
         runs[name] = run(folder, name, batch_size=4, **strategy)
@@ -100,6 +131,16 @@ def test_two_processes_are_one(tiny, paired, name):
 
 def test_a_value_head_is_not_sharded_in_silence(paired):
     assert "value head of PPO cannot be sharded; use ddp" in paired[0]["sharded"]
+
+
+def test_all_ranks_stop_together_at_a_judge_that_does_not_work(paired):
+    for rank, ran in enumerate(paired):
+        found = ran["failures"]
+        assert "cannot be used: no such file" in found["set up wrongly on one"]
+        assert (
+            "none of the first 8 responses (RuntimeError: no such page)" in found["no score on any"]
+        )
+        assert found["no score on one"] == (rank == 1)
 
 
 def test_a_group_is_never_cut(tiny):

@@ -96,7 +96,6 @@ def fresh():
         (None, [math.nan] * 2, "TypeError"),
         (["good", "bad"], [math.nan] * 2, "ValueError"),
         (RuntimeError("no\nmemory"), [math.nan] * 2, "RuntimeError: no memory"),
-        (InputError("no file"), [math.nan] * 2, "InputError: no file"),
     ],
 )
 def test_a_judge_that_fails_leaves_gaps(fresh, caplog, given, wanted, reason):
@@ -107,6 +106,11 @@ def test_a_judge_that_fails_leaves_gaps(fresh, caplog, given, wanted, reason):
     if reason:
         assert "The judge told" in caplog.text
         assert reason in caplog.text
+
+
+def test_a_judge_that_is_set_up_wrongly_stops_a_run():
+    with pytest.raises(InputError, match="no file"):
+        scores_of(Told(InputError("no file")), [PROMPT] * 2, ["a", "b"])
 
 
 def test_an_interruption_is_no_failure():

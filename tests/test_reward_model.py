@@ -154,10 +154,12 @@ def test_devices(folder):
         RewardModelJudge(folder, device="nowhere")
 
 
-@pytest.mark.parametrize("damage", ["missing", "headless"])
-def test_weights_that_fail_leave_a_gap(tmp_path, caplog, damage):
-    """They are read at the first response, when a run is under way."""
-    warn_once.cache_clear()
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [("missing", "cannot be loaded"), ("headless", "lacks weights of a reward model")],
+)
+def test_weights_that_fail_are_an_error(tmp_path, damage, message):
+    """They are read at the first response, and no later one mends them."""
     judge = RewardModelJudge(reward_folder(tmp_path))
     file = tmp_path / "model.safetensors"
     if damage == "missing":
@@ -166,6 +168,6 @@ def test_weights_that_fail_leave_a_gap(tmp_path, caplog, damage):
         weights = load_file(file)
         del weights["score.weight"]
         save_file(weights, file, metadata={"format": "pt"})
-    assert scores_of(judge, PROMPTS, RESPONSES) == pytest.approx([math.nan] * 3, nan_ok=True)
-    assert "The judge reward_model failed" in caplog.text
+    with pytest.raises(InputError, match=rf"judge\.init_args\.model: .*{message}"):
+        scores_of(judge, PROMPTS, RESPONSES)
     assert judge.version

@@ -66,7 +66,8 @@ class AlignmentModule(EvaluatedModule, ABC):
             of a batch of prompts at once. An optimiser step takes
             ``trainer.accumulate_grad_batches`` of them from every device.
         epochs_per_rollout: Passes over each rollout before the next one.
-        mask_truncated: Leave responses that hit the length limit out of the loss.
+        mask_truncated: Leave responses that hit the length limit out of the loss, and of the
+            rewards of methods that have some.
         eval_samples: Responses to each held-out prompt in validation.
         seed: Of the rollouts; each rank and each rollout draws its own from it.
     """

@@ -69,12 +69,16 @@ def micro_batch_sums(
         "truncation_rate": (truncated, responses),
         "eos_rate": (responses - truncated, responses),
         **{n: v if isinstance(v, tuple) else (v, count) for n, v in sums.items()},
-        **({} if micro.scores is None else score_sums(micro.scores)),
+        **({} if micro.scores is None else score_sums(micro.scores[micro.rollout.lengths > 0])),
     }
 
 
 def score_sums(scores: Float[Tensor, " batch"]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(sum, count) of the rewards that there are, and of those that a judge could not give."""
+    """(sum, count) of the rewards that there are, and of those that a judge could not give.
+
+    Args:
+        scores: Of the responses that a judge was asked about; those left out of the loss are not.
+    """
     missing = scores.isnan()
     return {
         "reward": (scores.nan_to_num().sum(), (~missing).sum()),

@@ -67,6 +67,12 @@ class DPO(AlignmentModule):
             raise InputError(f"model.beta: must be a positive number, got {beta}")
         if not 0 <= label_smoothing < 0.5:
             raise InputError(f"model.label_smoothing: must be in [0, 0.5), got {label_smoothing}")
+        if self.mask_truncated:
+            raise InputError(
+                "model.mask_truncated: DPO samples no responses that it could leave out, and "
+                "replies that model.rollout.init_args.max_new_tokens cuts count in their pairs; "
+                "set it to false"
+            )
         self.beta = beta
         self.label_smoothing = label_smoothing
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -16,11 +18,13 @@ from iqstar.curves import token_metrics
 from iqstar.errors import InputError
 from iqstar.estimators import NullEstimator
 from iqstar.head import head_loss
-from iqstar.judges import Judge, scores_of
+from iqstar.judges import Judge, asked
+from iqstar.judges.base import name_of, reason_of, tell_of_gaps
 from iqstar.logprobs import sampled_kl, token_logprobs
 from iqstar.losses import AssignedAdvantage, TokenPolicyGradientLoss
 from iqstar.mdp import Rollout
 from iqstar.policy import PolicySpec
+from iqstar.ranks import gather
 
 
 class RewardedModule(AlignmentModule):
@@ -56,6 +60,7 @@ class RewardedModule(AlignmentModule):
                 "source: policy"
             )
         self.reward = reward
+        self._judged = False
         self.loss = TokenPolicyGradientLoss(clip_ratio, AssignedAdvantage())
 
     def prepare(self, precision: str) -> None:
@@ -78,15 +83,55 @@ class RewardedModule(AlignmentModule):
         )
         if resuming:
             return [self.blank(part) for part in parts]
-        texts = [self.chat.decode(response) for response in rollout.responses]
-        found = scores_of(self.reward, rollout.prompts, texts)
-        scores = torch.tensor(found).to(parts[0].tokens.reference)
+        scores = torch.tensor(self._scored(rollout)).to(parts[0].tokens.reference)
         sizes = [len(part.rollout) for part in parts]
         parts = [
             replace(part, scores=own, tokens=replace(part.tokens, weight=_known(part, own)))
             for part, own in zip(parts, scores.split(sizes), strict=True)
         ]
         return self.advantages(parts)
+
+    def _scored(self, rollout: Rollout) -> list[float]:
+        """The judge's score of each response; NaN where it gave none.
+
+        Responses that are left out of the loss have no tokens: the judge is not asked about them.
+        """
+        rows = [row for row, length in enumerate(rollout.lengths.tolist()) if length]
+        prompts = [rollout.prompts[row] for row in rows]
+        texts = [self.chat.decode(response) for response in rollout.responses if response]
+        failure: Exception | None = None
+        try:
+            found, failure = asked(self.reward, prompts, texts) if rows else ([], None)
+        except InputError as error:
+            found, failure = [math.nan] * len(rows), error
+        self._check_judge(found, failure)
+        tell_of_gaps(self.reward, found, failure)
+        scores = [math.nan] * len(rollout)
+        for row, score in zip(rows, found, strict=True):
+            scores[row] = score
+        return scores
+
+    def _check_judge(self, scores: Sequence[float], failure: Exception | None) -> None:
+        """What is wrong from the start is an error, on all ranks at once; a later failure is not.
+
+        Raises:
+            InputError: If the judge is set up wrongly, or scored none of the first responses.
+        """
+        known = sum(not math.isnan(score) for score in scores)
+        wrong = str(failure) if isinstance(failure, InputError) else None
+        reason = reason_of(failure) if failure else None
+        ranks = gather((len(scores), known, wrong, reason))
+        counts, scored, errors, reasons = zip(*ranks, strict=True)
+        judge = f"model.reward: the judge {name_of(self.reward)}"
+        if any(errors):
+            raise InputError(f"{judge} cannot be used: {next(filter(None, errors))}")
+        if not self._judged and sum(counts) and not sum(scored):
+            why = next(filter(None, reasons), "each of its scores is NaN or infinite")
+            raise InputError(
+                f"{judge} scored none of the first {sum(counts)} responses ({why}), so that "
+                "nothing can be learnt; mend it, or use another judge"
+            )
+        self._judged = self._judged or sum(counts) > 0
 
     @abstractmethod
     def advantages(self, parts: list[MicroBatch]) -> list[MicroBatch]:

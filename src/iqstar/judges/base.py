@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 
+from iqstar.errors import InputError
 from iqstar.mdp import Prompt
 
 _log = logging.getLogger(__name__)
@@ -38,11 +39,13 @@ class Judge(ABC):
 
         Raises:
             ValueError: If there are not as many prompts as responses.
+            InputError: If the judge is set up wrongly; the run stops with its message. After any
+                other exception it goes on without these scores.
         """
 
 
 def scores_of(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
-    """The judge's scores, whatever it does: a run never stops because of its judge.
+    """The judge's scores, whatever happens to it: a run does not stop because a judge fails.
 
     Args:
         judge: Whom to ask.
@@ -52,31 +55,54 @@ def scores_of(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str])
     Returns:
         As many scores as responses; NaN where there is none: the judge failed, which is told
         once for each reason, returned another number of scores, or one that is not finite.
+
+    Raises:
+        InputError: If the judge says that it is set up wrongly, which no later response mends.
     """
-    name = getattr(judge, "name", type(judge).__name__)
     scores, failure = asked(judge, prompts, responses)
+    tell_of_gaps(judge, scores, failure)
+    return scores
+
+
+def tell_of_gaps(judge: Judge, scores: Sequence[float], failure: Exception | None) -> None:
+    """Warns once of responses without a score; arguments as :func:`asked` returns them."""
+    name = name_of(judge)
     if failure is not None:
-        reason = " ".join(str(failure).split())[:300] or "no message"
         warn_once(
-            f"The judge {name} failed ({type(failure).__name__}: {reason}); its responses stay "
-            "without a score and the run goes on"
+            f"The judge {name} failed ({reason_of(failure)}); its responses stay without a score "
+            "and the run goes on"
         )
     elif any(map(math.isnan, scores)):
         warn_once(
             f"The judge {name} left responses without a score; the mean is that of the others, "
             "and judge_missing is their share"
         )
-    return scores
+
+
+def name_of(judge: Judge) -> str:
+    """What to call a judge, also one that lacks a name."""
+    return str(getattr(judge, "name", type(judge).__name__))
+
+
+def reason_of(failure: Exception) -> str:
+    """What a failure says, on one line."""
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300] or 'no message'}"
 
 
 def asked(
     judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str]
 ) -> tuple[list[float], Exception | None]:
-    """The scores of :func:`scores_of`, and why there are none where the judge failed."""
+    """The scores of :func:`scores_of`, and why there are none where the judge failed.
+
+    Raises:
+        InputError: As :func:`scores_of`.
+    """
     try:
         scores = [float(score) for score in judge.score(prompts, responses)]
         if len(scores) != len(responses):
             raise ValueError(f"{len(scores)} scores for {len(responses)} responses")
+    except InputError:
+        raise
     except Exception as error:  # a judge may be anybody's code, or a server
         return [math.nan] * len(responses), error
     return [score if math.isfinite(score) else math.nan for score in scores], None
