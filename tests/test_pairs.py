@@ -85,6 +85,24 @@ def test_own_pairs_may_bring_prompts_to_evaluate_on(tmp_path):
     assert all((p.response, p.rejected) == ("yes", "no") for p in data.train_prompts)
 
 
+def test_own_pairs_may_be_messages(tmp_path):
+    """TRL's conversational layout."""
+
+    def said(role, text):
+        return [{"role": role, "content": text}]
+
+    row = {"prompt": said("user", "q")}
+    row |= {"chosen": said("assistant", "yes"), "rejected": said("assistant", "no")}
+    data = JSONLPairs(path=write(tmp_path / "p.jsonl", [row]), val_prompts=None)
+    assert pairs_of(data) == {"q": ("yes", "no")}
+
+
+def test_a_missing_file_of_prompts_names_its_key(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": "yes", "rejected": "no"}])
+    with pytest.raises(InputError, match=r"^data\.heldout_path: no such file"):
+        JSONLPairs(path=path, heldout_path="nowhere.jsonl").setup()
+
+
 def test_a_reply_that_was_cut_says_so(tmp_path):
     row = {"prompt": "q", "chosen": "yes", "rejected": "no and", "rejected_complete": False}
     data = JSONLPairs(path=write(tmp_path / "p.jsonl", [row]), val_prompts=None)
@@ -98,6 +116,11 @@ def test_a_reply_that_was_cut_says_so(tmp_path):
     [
         (JSONLPairs, {"prompt": "a", "chosen": "yes"}, "unknown column layout"),
         (JSONLPairs, {"prompt": "a", "chosen": 1, "rejected": "no"}, "chosen must be text"),
+        (
+            JSONLPairs,
+            {"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "no"},
+            "chosen must be text, or one message of the assistant",
+        ),
         (
             JSONLPairs,
             {"prompt": "a", "chosen": "yes", "rejected": "no", "chosen_complete": 1},

@@ -13,7 +13,7 @@ from iqstar.mdp import Message, Prompt, Role
 def parse_row(row: Mapping[str, Any]) -> Prompt:
     """The prompt of a row of ``prompt``, ``prompt`` + ``response``, or ``messages``.
 
-    A final assistant message in ``messages`` is the response.
+    A prompt may be a list of messages too. A final assistant message is the response.
 
     Raises:
         RowError: If a value has another type, a role is unknown, or the prompt is empty.
@@ -29,14 +29,13 @@ def parse_row(row: Mapping[str, Any]) -> Prompt:
 
 def parse_messages(row: Mapping[str, Any]) -> list[Message]:
     """The turns as written, whichever layout the row has."""
-    if row.get("messages") is None:
-        prompt = row["prompt"]
-        if not isinstance(prompt, str):
-            raise RowError(f"prompt must be text, found {type(prompt).__name__}")
-        return [Message(role="user", content=prompt.strip())]
-    turns = row["messages"]
+    name = "prompt" if row.get("messages") is None else "messages"
+    turns = row[name]
+    if name == "prompt" and isinstance(turns, str):
+        return [Message(role="user", content=turns.strip())]
     if not isinstance(turns, Sequence) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise RowError("messages must be a list of {role, content}")
+        text = "text or " if name == "prompt" else ""
+        raise RowError(f"{name} must be {text}a list of {{role, content}}")
     messages = []
     for turn in turns:
         role, content = turn.get("role"), turn.get("content")
@@ -80,8 +79,8 @@ def audit_prompts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 class JSONL(PromptDataModule):
     """Your own prompts: rows of prompt, of prompt and response, or of messages.
 
-    messages is a list of {role, content} with the roles system, user and assistant; a final
-    assistant message is the response, which only data-set replay uses.
+    messages is a list of {role, content} with the roles system, user and assistant, and so may
+    prompt be; a final assistant message is the response, which only data-set replay uses.
     """
 
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt",), ("messages",))

@@ -85,6 +85,7 @@ class SafeRLHFPairs(JSONL):
 class JSONLPairs(JSONL):
     """Your own pairs: rows of prompt (or messages), chosen and rejected.
 
+    Each is text; prompt may also be a list of {role, content}, and a reply a list of one message.
     Replies are taken for whole ones and get an end of turn, which training then teaches. A row may
     have ``chosen_complete`` or ``rejected_complete``, false where a length limit cut the reply.
 
@@ -107,18 +108,28 @@ class JSONLPairs(JSONL):
         """The rows of ``heldout_path``."""
         if self.heldout_path is None:
             return None
-        return (row for file in find_files(self.heldout_path) for row in read_file(file))
+        files = find_files(self.heldout_path, "data.heldout_path")
+        return (row for file in files for row in read_file(file))
 
     def parse(self, row: Mapping[str, Any]) -> Prompt:
         """The prompt with both replies; of a row without, as ``heldout_path`` has, the prompt."""
         if row.get("chosen") is None and row.get("rejected") is None:
             return make_prompt(parse_messages(row))
-        for side in ("chosen", "rejected"):
-            if not isinstance(row.get(side), str):
-                raise RowError(f"{side} must be text, found {type(row.get(side)).__name__}")
-        prompt = with_pair(make_prompt(parse_messages(row)), row["chosen"], row["rejected"])
+        replies = (_reply(row, side) for side in ("chosen", "rejected"))
+        prompt = with_pair(make_prompt(parse_messages(row)), *replies)
         chosen, rejected = (_complete(row, side) for side in ("chosen", "rejected"))
         return replace(prompt, complete=chosen, rejected_complete=rejected)
+
+
+def _reply(row: Mapping[str, Any], side: str) -> str:
+    """A side's text, also of a list of one message, as TRL has it."""
+    match row.get(side):
+        case str(text) | [{"role": "assistant", "content": str(text)}]:
+            return text
+        case other:
+            raise RowError(
+                f"{side} must be text, or one message of the assistant, found {other!r:.60}"
+            )
 
 
 def _complete(row: Mapping[str, Any], side: str) -> bool:

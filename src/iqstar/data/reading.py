@@ -37,8 +37,15 @@ class Row:
         return f"{self.source}, row {self.index + 1}"
 
 
-def find_files(path: str | Sequence[str]) -> list[Path]:
-    """The data files that ``data.path`` names; folders are searched recursively, in name order.
+def find_files(
+    path: str | Sequence[str], key: str = "data.path", hub_id: str | None = None
+) -> list[Path]:
+    """The data files that a setting names; folders are searched recursively, in name order.
+
+    Args:
+        path: A file or folder, or several.
+        key: Of the setting, for messages.
+        hub_id: What is read from the hub where it is left out, if anything.
 
     Raises:
         InputError: If a path does not exist, has an unknown ending, or is a folder without data.
@@ -50,19 +57,17 @@ def find_files(path: str | Sequence[str]) -> list[Path]:
         if place.is_dir():
             found = sorted(p for p in place.rglob("*") if p.is_file() and _is_data(p))
             if not found:
-                raise InputError(f"data.path: no data file in the folder {entry}; expected {known}")
+                raise InputError(f"{key}: no data file in the folder {entry}; expected {known}")
             files += found
         elif not place.exists():
-            raise InputError(
-                f"data.path: no such file or folder: {entry}; "
-                "give an existing one, or leave data.path out to read from the hub"
-            )
+            hub = f", or leave {key} out to read {hub_id} from the hub" if hub_id else ""
+            raise InputError(f"{key}: no such file or folder: {entry}; give an existing one{hub}")
         elif not _is_data(place):
-            raise InputError(f"data.path: cannot read {entry}; expected a file ending in {known}")
+            raise InputError(f"{key}: cannot read {entry}; expected a file ending in {known}")
         else:
             files.append(place)
     if not files:
-        raise InputError(f"data.path: the list is empty; name a file ending in {known}")
+        raise InputError(f"{key}: the list is empty; name a file ending in {known}")
     return files
 
 
