@@ -102,10 +102,25 @@ def test_your_own_rows_are_audited(tmp_path, capsys):
     )
 
 
+def test_too_few_prompts_to_train_on(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(f'{{"prompt": "p{i}"}}\n' for i in range(40)))
+    argv = ["--data", "JSONL", "--data.path", str(path)]
+    assert "warnings" not in audit(capsys, *argv)["details"]
+    (warning,) = audit(capsys, *argv, "--data.val_prompts", "30")["details"]["warnings"]
+    assert warning.startswith("10 training prompts do not fill one batch of 16 (data.batch_size)")
+    assert main([*argv, "--data.val_prompts=30"]) == 0
+    assert f"warnings: {warning}" in " ".join(capsys.readouterr().out.split())
+    for usual in ("--data.drop_last=false", "--data.val_prompts=null"):
+        assert "warnings" not in audit(capsys, *argv, "--data.val_prompts=30", usual)["details"]
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--json"], "--data is missing"),
+        (["--json"], "--data is missing; give one of HHRLHF, JSONL, "),
+        (["--data.path", "x.jsonl"], "--data is missing; give one of HHRLHF, JSONL, "),
+        (["--data", "JSONLPairs", "--data.batch_size", "x"], "data.batch_size: "),
         (["--data", "HHRLFH"], "did you mean HHRLHF"),
         (["--data", "iqstar.data.Beavertail"], "did you mean BeaverTails"),
         (

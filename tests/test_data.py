@@ -149,6 +149,15 @@ def test_parquet_json_and_folders_read_alike(tmp_path):
 # ---- splits
 
 
+def test_a_prompt_may_be_a_list_of_messages(tmp_path):
+    """As in the prompt-only and conversational data sets that TRL reads."""
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    named = JSONL(path=write(tmp_path / "a.jsonl", [{"messages": turns}]), val_prompts=None)
+    other = JSONL(path=write(tmp_path / "b.jsonl", [{"prompt": turns}]), val_prompts=None)
+    assert sides(other) == sides(named)
+    assert [m.role for m in other.heldout_prompts[0].messages] == ["system", "user"]
+
+
 def test_splits_are_disjoint_and_keep_a_conversation_on_one_side(tmp_path):
     rows = []
     for i in range(60):
@@ -171,6 +180,25 @@ def test_the_split_depends_on_the_seed_only_and_grows():
     assert len(set(keys)) == 50
     assert keys == [split_key(p, 0) for p in prompts]
     assert keys != [split_key(p, 1) for p in prompts]
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "heldout"),
+    [
+        (200, {}, 64),
+        (128, {}, 64),
+        (100, {}, 50),
+        (33, {}, 17),
+        (1, {}, 1),
+        (100, {"val_prompts": 64}, 64),
+        (100, {"val_prompts": None}, 100),
+    ],
+)
+def test_at_most_half_is_held_out_unless_a_number_is_given(tmp_path, rows, given, heldout):
+    path = write(tmp_path / "a.jsonl", [{"prompt": f"p{i}"} for i in range(rows)])
+    train, held = sides(JSONL(path=path, **given))
+    assert (len(train), len(held)) == (rows - heldout, heldout)
+    assert held == sides(JSONL(path=path, val_prompts=heldout))[1]
 
 
 def test_limit_bounds_training_only():
@@ -374,6 +402,7 @@ GOOD = "\n\nHuman: Hi\n\nAssistant: Hello."
         (JSONL, ['{"prompt": "a"}', "[1]"], r"a\.jsonl:2: not a JSON object"),
         (JSONL, ['{"prompt": "a"}', "", '{"prompt": "  "}'], r"a\.jsonl:3: the prompt is empty"),
         (JSONL, ['{"prompt": "a"}', '{"prompt": 3}'], r"a\.jsonl:2: prompt must be text"),
+        (JSONL, ['{"prompt": ["a"]}'], r"a\.jsonl:1: prompt must be text or a list of \{role, "),
         (JSONL, ['{"messages": [{"role": "bot", "content": "a"}]}'], r"a\.jsonl:1: unknown role"),
         (
             JSONL,
@@ -417,6 +446,10 @@ def test_bad_paths_name_the_key(tmp_path):
     for path in [str(tmp_path / "nowhere.jsonl"), str(tmp_path), str(tmp_path / "notes.txt"), []]:
         with pytest.raises(InputError, match=r"^data\.path"):
             JSONL(path=path).setup("fit")
+    with pytest.raises(InputError, match=r"nowhere\.jsonl; give an existing one$"):
+        JSONL(path="nowhere.jsonl").setup("fit")
+    with pytest.raises(InputError, match=r"out to read Anthropic/hh-rlhf from the hub$"):
+        HHRLHF(path="nowhere.jsonl").setup("fit")
     with pytest.raises(InputError, match=r"data\.path: JSONL needs"):
         JSONL().setup("fit")
     with pytest.raises(InputError, match=r"data\.path: Sample reads its own"):
@@ -444,9 +477,9 @@ def test_too_few_prompts_name_the_key(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": f"p{i}"} for i in range(5)])
     data = JSONL(path=path)
     data.setup("predict")
-    assert sum(len(b.prompts) for b in data.predict_dataloader()) == 5
+    assert sum(len(b.prompts) for b in data.predict_dataloader()) == 3
     with pytest.raises(InputError, match=r"data\.val_prompts"):
-        data.setup("fit")
+        JSONL(path=path, val_prompts=5).setup("fit")
     data = JSONL(path=path, val_prompts=1)
     data.setup("fit")
     with pytest.raises(InputError, match=r"data\.batch_size: 4 training prompts"):

@@ -7,7 +7,6 @@ Example:
 from __future__ import annotations
 
 import difflib
-import inspect
 import json
 import re
 import sys
@@ -19,8 +18,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from iqstar.data import HHRLHF, JSONL, BeaverTails, PromptDataModule, Sample
+from iqstar import data as data_modules
+from iqstar.data import PromptDataModule
 from iqstar.errors import InputError
+from iqstar.settings import parameters
 
 MEANINGS = {
     "rows": "rows read",
@@ -48,10 +49,10 @@ def main(argv: list[str]) -> int:
         InputError: If the arguments are wrong or the data cannot be read.
     """
     parser = _parser()
+    if not any(a.partition("=")[0] in ("--data", "--data.help", "-h", "--help") for a in argv):
+        raise InputError(f"--data is missing; give one of {', '.join(_names())}")
     try:
         config = parser.parse_args(argv)
-        if config.data is None:
-            raise InputError(f"--data is missing; give one of {', '.join(_names())}")
         data = parser.instantiate(config).data
     except ArgumentError as error:
         raise _explain(str(error), argv) from error
@@ -73,6 +74,8 @@ def print_report(report: Mapping[str, Any], title: str) -> None:
     console = Console()
     console.print(table)
     for key, value in report["details"].items():
+        if isinstance(value, list):
+            value = "; ".join(value)
         if isinstance(value, Mapping):
             value = " · ".join(f"{name} {number:,}" for name, number in value.items()) or "none"
         console.print(f"[bold]{key.replace('_', ' ')}[/bold]: {value}", highlight=False)
@@ -90,24 +93,32 @@ def _parser() -> ArgumentParser:
 
 
 def _names() -> list[str]:
-    return [cls.__name__ for cls in (HHRLHF, BeaverTails, JSONL, Sample)]
+    found = {name: getattr(data_modules, name) for name in data_modules.__all__}
+    return [
+        name
+        for name, cls in found.items()
+        if issubclass(cls, PromptDataModule) and cls is not PromptDataModule
+    ]
 
 
 def _explain(message: str, argv: list[str]) -> InputError:
     """Shortens jsonargparse's message to what is wrong and the nearest right thing."""
-    options = list(inspect.signature(PromptDataModule).parameters)
+    given = [b for a, b in pairwise(argv) if a == "--data"]
+    given += [a.removeprefix("--data=") for a in argv if a.startswith("--data=")]
+    name = given[-1].rpartition(".")[2] if given else ""
+    options = parameters(getattr(data_modules, name) if name in _names() else PromptDataModule)
     for argument in argv:
         key = re.fullmatch(r"--data\.(?:init_args\.)?([\w.]+)\+?(=.*)?", argument)
         if key and key[1] not in [*options, "help", "class_path"]:
             near = difflib.get_close_matches(key[1], options, n=1)
             hint = f"did you mean data.{near[0]}?" if near else f"known: {', '.join(options)}"
             return InputError(f"unknown key data.{key[1]}; {hint}")
-    given = [b for a, b in pairwise(argv) if a == "--data"]
-    given += [a.removeprefix("--data=") for a in argv if a.startswith("--data=")]
-    if given and given[-1].rpartition(".")[2] not in _names():
-        near = difflib.get_close_matches(given[-1].rpartition(".")[2], _names(), n=1, cutoff=0.4)
+    if given and name not in _names():
+        near = difflib.get_close_matches(name, _names(), n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(_names())}"
         return InputError(f"--data: unknown data class {given[-1]}; {hint}")
     if inner := re.findall(r'Parser key "(?!data")([\w.]+)":\s*([^\n]+)', message):
-        message = f"data.{inner[-1][0]}: {inner[-1][1]}"
+        problem = re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)",
+                         r"'\2' does not fit; expected \1", inner[-1][1])  # fmt: skip
+        message = f"data.{inner[-1][0]}: {problem}"
     return InputError(f"{' '.join(message.split())}; see iqstar audit --help")

@@ -15,10 +15,12 @@ from iqstar.data.loader import EvalBatches, RepeatedBatches
 from iqstar.data.reading import Row, find_files, read_file, read_hub
 from iqstar.data.report import DataReport, quantiles
 from iqstar.data.turns import (
+    HeldOut,
     RowError,
     UnusableRowError,
     count_chars,
     first_turn,
+    heldout_size,
     split_key,
     split_prompts,
 )
@@ -39,8 +41,9 @@ class PromptDataModule(LightningDataModule, ABC):
             BeaverTails a split such as 330k_train.
         batch_size: Prompts per rollout on each device.
         eval_batch_size: Prompts per evaluation batch on each device.
-        val_prompts: Number of held-out prompts, for validate, test and predict alike; null holds
-            all prompts out (nothing is left to train on).
+        val_prompts: Number of held-out prompts, for validate, test and predict alike; auto for 64,
+            but half of the prompts where there are fewer than 128; null holds all prompts out
+            (nothing is left to train on).
         first_turn_only: Keep only the first human turn of every conversation.
         min_prompt_chars: Skip prompts with fewer characters, summed over the turns that are kept.
         max_prompt_chars: Skip prompts with more characters, summed over the turns that are kept.
@@ -60,7 +63,7 @@ class PromptDataModule(LightningDataModule, ABC):
         subset: str | None = None,
         batch_size: int = 16,
         eval_batch_size: int = 32,
-        val_prompts: int | None = 64,
+        val_prompts: HeldOut = "auto",
         first_turn_only: bool = False,
         min_prompt_chars: int | None = None,
         max_prompt_chars: int | None = None,
@@ -119,7 +122,7 @@ class PromptDataModule(LightningDataModule, ABC):
                 raise InputError(f"data.path: {type(self).__name__} needs a file or folder to read")
             yield from map(self._checked, read_hub(self.hub_id, self.hub_options()))
         else:
-            for file in find_files(self.path):
+            for file in find_files(self.path, hub_id=self.hub_id):
                 yield from map(self._checked, read_file(file))
 
     def heldout_rows(self) -> Iterator[Row] | None:
@@ -169,14 +172,10 @@ class PromptDataModule(LightningDataModule, ABC):
     def _check_values(self) -> None:
         if self.subset is not None and (self.path is not None or self.hub_id is None):
             raise InputError("data.subset selects a part of a hub data set; leave it out here")
-        for key, least in [
-            ("batch_size", 1),
-            ("eval_batch_size", 1),
-            ("val_prompts", 0),
-            ("limit", 1),
-        ]:
+        least_of = {"batch_size": 1, "eval_batch_size": 1, "val_prompts": 0, "limit": 1}
+        for key, least in least_of.items():
             value = getattr(self, key)
-            if value is not None and value < least:
+            if isinstance(value, int) and value < least:
                 raise InputError(f"data.{key}: {value} is too small; give at least {least}")
 
     def _build(self) -> None:
@@ -185,10 +184,11 @@ class PromptDataModule(LightningDataModule, ABC):
         own = self.heldout_rows()
         prompts = self._prompts(self.rows(), counts)
         if own is None:
-            heldout, train = split_prompts(prompts, self.val_prompts, self.seed)
+            size = heldout_size(self.val_prompts, len(prompts))
+            heldout, train = split_prompts(prompts, size, self.seed)
         else:
             every, _ = split_prompts(self._prompts(own, counts), None, self.seed)
-            heldout = every[: self.val_prompts]
+            heldout = every[: heldout_size(self.val_prompts)]
             keys = {split_key(p, self.seed) for p in every}
             ordered, _ = split_prompts(prompts, None, self.seed)
             train = [p for p in ordered if split_key(p, self.seed) not in keys]
@@ -318,4 +318,10 @@ class PromptDataModule(LightningDataModule, ABC):
         if kept := [*self.train_prompts, *self.heldout_prompts]:
             details["prompt_chars"] = quantiles([count_chars(p) for p in kept])
             details["prompt_turns"] = quantiles([len(p.messages) for p in kept])
+        short = self.drop_last and self.report.train < self.batch_size
+        if short and self.val_prompts is not None:
+            details["warnings"] = [
+                f"{self.report.train} training prompts do not fill one batch of {self.batch_size} "
+                "(data.batch_size): lower it, or hold fewer out (data.val_prompts)"
+            ]
         return summary

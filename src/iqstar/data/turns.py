@@ -6,8 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 from iqstar.mdp import Message, Prompt
+
+HeldOut = int | Literal["auto"] | None
+"""A number of prompts to hold out; None for all."""
+HELDOUT = 64
+"""What ``auto`` stands for where there are prompts enough."""
 
 
 class RowError(ValueError):
@@ -85,6 +91,16 @@ def split_key(prompt: Prompt, seed: int) -> bytes:
     opening = next(m.content for m in prompt.messages if m.role == "user")
     text = json.dumps([seed, " ".join(opening.casefold().split())])
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def heldout_size(wanted: HeldOut, prompts: int = 2 * HELDOUT) -> int | None:
+    """How many prompts to hold out; None for all.
+
+    Args:
+        wanted: As set.
+        prompts: How many are to be split; ``auto`` takes half of them at most.
+    """
+    return min(HELDOUT, (prompts + 1) // 2) if wanted == "auto" else wanted
 
 
 def split_prompts(

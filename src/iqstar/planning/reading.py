@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from iqstar.data import PromptDataModule
+from iqstar.data.turns import heldout_size
 from iqstar.errors import InputError
 from iqstar.estimators import OptimalPolicyEstimator
 from iqstar.evaluation import SCORED_ROWS
@@ -55,8 +56,9 @@ def workload(
     elsewhere = isinstance(rollout, DatasetRollout | VLLMRollout)
     rows = data.batch_size * rollout.responses_per_prompt
     at_once = rollout.batch_size or sys.maxsize
-    held_out = data.eval_batch_size if data.val_prompts is None else data.val_prompts
-    evaluated = min(data.eval_batch_size, held_out) * module.eval_samples
+    held_out = heldout_size(data.val_prompts)
+    at_evaluation = data.eval_batch_size if held_out is None else held_out
+    evaluated = min(data.eval_batch_size, at_evaluation) * module.eval_samples
     micro = min(module.micro_batch_size or rows, rows)
     return Workload(
         prompt_tokens=tokens,
