@@ -53,7 +53,7 @@ def markdown(comparison: Comparison, curves: Curves, chosen: Mapping[str, Choice
         rate = chosen[method.family].rate
         cells = [
             method.name + (" (control)" if method.control else ""),
-            f"{rate:.0e}",
+            f"{rate:g}",
             f"{len(own)}{' (one seed)' if len(own) == 1 else ''}",
             str(max(point.responses for curve in own for point in curve)),
             _many([curve[0].score for curve in own]),
@@ -65,9 +65,9 @@ def markdown(comparison: Comparison, curves: Curves, chosen: Mapping[str, Choice
     lines += ["", "Learning rates (score at the end of each sweep):", ""]
     lines += ["| family | " + "rates and scores | chosen |", "|---|---|---|"]
     for name, choice in chosen.items():
-        tried = ", ".join(f"{rate:.0e}: {_number(s)}" for rate, s in sorted(choice.scores.items()))
+        tried = ", ".join(f"{rate:g}: {_number(s)}" for rate, s in sorted(choice.scores.items()))
         edge = ", at the edge of the sweep" if choice.at_edge else ""
-        lines.append(f"| {name} | {tried} | {choice.rate:.0e}{edge} |")
+        lines.append(f"| {name} | {tried} | {choice.rate:g}{edge} |")
     missing = [
         f"{method.name} (seed {seed})"
         for method in comparison.methods
