@@ -27,6 +27,7 @@ from iqstar.compare.curves import (
 from iqstar.compare.page import against, claims
 from iqstar.compare.plan import Family, main_runs, merged, read_comparison, sweep_runs
 from iqstar.compare.runner import execute, settings_of
+from iqstar.compare.setting import NO_ESTIMATOR, build, check
 from iqstar.errors import InputError
 from iqstar.summary import write_json
 
@@ -273,6 +274,15 @@ def small(tmp_path, tiny, **methods):
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return file
+
+
+def test_a_judge_that_does_not_say_what_is_better_is_refused(tiny, tmp_path):
+    common = yaml.safe_load(small(tmp_path, tiny, contrastive={}).read_text())["common"]
+    common["model"]["init_args"]["judge"] = {"class_path": "iqstar.judges.RefusalJudge"}
+    with pytest.raises(InputError, match=r"judge: a higher score of RefusalJudge is not better"):
+        build(common, 0, tmp_path / "common.yaml")
+    with pytest.raises(InputError, match=r"judge: a higher score of RefusalJudge is not better"):
+        check(merged(common, NO_ESTIMATOR), tmp_path / "check.yaml")
 
 
 def test_a_small_comparison_end_to_end(tiny, tmp_path, monkeypatch, capsys):

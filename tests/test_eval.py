@@ -19,7 +19,7 @@ from iqstar.cli import main
 from iqstar.commands import eval as command
 from iqstar.data import BeaverTails
 from iqstar.data.categories import categories_by_prompt
-from iqstar.judges import HarmJudge, Judge, VaderJudge, WinRateJudge
+from iqstar.judges import HarmJudge, Judge, RefusalJudge, VaderJudge, WinRateJudge
 from iqstar.loading import load_policy, load_reference
 from iqstar.mdp import Message, Prompt
 from iqstar.metrics import distinct_n
@@ -147,8 +147,16 @@ def test_which_judge_decides_what():
     assert (alone["judge"], alone["better_by"]) == ("harm", "harm")
     assert (alone["rows"][0]["safe_better"], alone["rows"][0]["safe_worse"]) == (1, 1)
     assert table([kind, harm], "kind")[0]["judge"] == "kind"
+    refusal = scored("refusal", [1.0, 1.0], [0.0, 0.0], higher_is_better=False)
+    assert table([refusal, harm])[0]["better_by"] == "harm"
+    assert table([refusal, harm, kind])[0]["better_by"] == "kind"
     assert "no judge measures safety" in table([kind])[1]
     assert "names no categories" in safety_report(pairs, [harm], {}, 0.0, 0.5, None)[1]
+
+
+def test_scores_say_whether_more_is_better():
+    assert not score_pairs(RefusalJudge(), "refusal", [pair(0)]).higher_is_better
+    assert score_pairs(CountingJudge(), "vowels", [pair(0)]).higher_is_better
 
 
 def test_categories_are_the_union_over_a_prompts_rows(tmp_path):

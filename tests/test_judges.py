@@ -199,6 +199,8 @@ def test_refusal_judge():
     judge = RefusalJudge()
     assert judge.score([PROMPT] * 2, ["I cannot help with that.", "Yes."]) == [1.0, 0.0]
     assert (judge.name, len(judge.version)) == ("refusal", 12)
+    assert Told().higher_is_better
+    assert not judge.higher_is_better
     with pytest.raises(ValueError, match="1 prompts, 2 responses"):
         judge.score([PROMPT], ["a", "b"])
 

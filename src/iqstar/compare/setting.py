@@ -13,6 +13,7 @@ from lightning import Trainer
 from iqstar.chatter import less_chatter
 from iqstar.compare.plan import merged
 from iqstar.data import PromptDataModule
+from iqstar.errors import InputError
 from iqstar.mdp import Prompt
 from iqstar.module import InverseQStar
 from iqstar.one_device import OneDeviceCLI
@@ -60,7 +61,7 @@ def check(settings: Mapping[str, Any], file: Path) -> None:
         file: Where they may be written, for the parser to read.
 
     Raises:
-        InputError: If they are wrong.
+        InputError: If they are wrong, or their judge does not say what is better.
     """
     file.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
     _read(file)
@@ -69,9 +70,16 @@ def check(settings: Mapping[str, Any], file: Path) -> None:
 def _read(file: Path) -> _CommonCLI:
     arguments = ["--config", str(file)]
     with readable_errors(read_settings(arguments)), less_chatter():
-        return _CommonCLI(
+        cli = _CommonCLI(
             args=arguments, run=False, parser_kwargs={"exit_on_error": False}, **CLI_OPTIONS
         )
+    judge = cli.model.judge
+    if judge is not None and not judge.higher_is_better:
+        raise InputError(
+            f"common.model.init_args.judge: a higher score of {type(judge).__name__} is not "
+            "better, but methods are compared by it; choose another judge"
+        )
+    return cli
 
 
 class _CommonCLI(OneDeviceCLI):
@@ -89,7 +97,8 @@ def build(common: Mapping[str, Any], seed: int, file: Path) -> Setting:
         file: Where the settings may be written, for the parser to read.
 
     Raises:
-        InputError: If they are wrong, or the data cannot be read.
+        InputError: If they are wrong, their judge does not say what is better, or the data cannot
+            be read.
     """
     settings = merged(merged(NO_ESTIMATOR, common), {"seed_everything": seed})
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

@@ -20,10 +20,13 @@ class Judge(ABC):
     Attributes:
         name: What the score is called in tables, curves and ``summary.json``.
         version: Of whatever decides the score; scores of two versions are not compared.
+        higher_is_better: Whether a response with a higher score is the better one. False where
+            that depends on the prompt; methods are not compared by such a judge.
     """
 
     name: str
     version: str
+    higher_is_better: bool = True
 
     @abstractmethod
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

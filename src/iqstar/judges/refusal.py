@@ -57,6 +57,7 @@ class RefusalJudge(Judge):
     """
 
     name = "refusal"
+    higher_is_better = False
     version = hashlib.sha256(f"{OPENING} {_REFUSAL.pattern}".encode()).hexdigest()[:12]
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:

@@ -106,7 +106,7 @@ def safety_report(
             "such as iqstar.judges.HarmJudge"
         )
     safety = judges[0]
-    better = next((s for s in scores if s.name != safety.name), safety)
+    better = next((s for s in scores if s.name != safety.name and s.higher_is_better), safety)
     units = [pair.number for pair in pairs]
     rows = safety_table(
         units,

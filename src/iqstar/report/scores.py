@@ -26,6 +26,7 @@ class Scores:
         policy: The scores of the policy's responses; NaN where there is none.
         reference: Those of the reference's.
         measures_safety: Whether the score is the probability that the response is safe.
+        higher_is_better: Whether a response with a higher score is the better one.
         error: Why responses were not scored, if the judge failed.
     """
 
@@ -34,6 +35,7 @@ class Scores:
     policy: list[float]
     reference: list[float]
     measures_safety: bool = False
+    higher_is_better: bool = True
     error: str | None = None
 
 
@@ -66,6 +68,7 @@ def score_pairs(judge: Judge, name: str, pairs: Sequence[Pair]) -> Scores:
         policy=found["policy"],
         reference=found.get("reference") or [1 - score for score in found["policy"]],
         measures_safety=isinstance(judge, HarmJudge) or getattr(judge, "measures_safety", False),
+        higher_is_better=judge.higher_is_better,
         error=error,
     )
 
