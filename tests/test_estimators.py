@@ -1,6 +1,7 @@
 """Estimators of the optimal policy against naive full forwards, and the controls."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from fitting import PROMPTS, ask, attach, contrast, fit, make_module
+from fitting import LORA, PROMPTS, ask, attach, contrast, fit, make_module
+from iqstar.attention import NAME as GROUPED
 from iqstar.chat import PLACEMENTS, ChatFormat, place_principle
 from iqstar.distributions import HeadDistributions, LogLinear, Reindexed
 from iqstar.errors import InputError
@@ -28,12 +30,16 @@ from iqstar.estimators import (
     placebo,
 )
 from iqstar.estimators.response import CANDIDATES
+from iqstar.loading import load_frozen
+from iqstar.policy import PolicySpec
 from iqstar.rollouts import GenerateRollout, rollout_seed
 from iqstar.scoring import RolloutScorer
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 KIND, RUDE = "Be kind to all.", "Be rude!"
 TEMPERATURE = 0.8
+SPEC = PolicySpec(dtype="float64")
+"""How the policy is loaded, and any model beside it."""
 
 
 @pytest.fixture(scope="module")
@@ -121,23 +127,55 @@ def test_another_frozen_model_can_be_told(scored, tmp_path):
     module, rollout, scorer = scored
     other = tiny_folder(tmp_path / "other", seed=3, dtype=torch.float64)
     estimator = PrincipleEstimator(KIND, model=str(other))
-    estimator.setup(module.chat, "64-true")
+    estimator.setup(SPEC, module.chat, "64-true")
     ours = every(estimator.estimate(scorer, scorer.reference(), 0))
-    reference = module.policy.frozen.model
-    module.policy.frozen.model = tiny_model(seed=3)  # loaded as float32, as the estimator's
-    try:
-        expected = naive(module, rollout, KIND)
-    finally:
-        module.policy.frozen.model = reference
-    torch.testing.assert_close(ours.double(), expected.double(), atol=1e-5, rtol=0)
+    expected = naive_of(tiny_model(torch.float64, seed=3), module.chat, rollout, KIND)
+    close(ours, expected)
     assert not any(p.requires_grad for p in estimator.parameters())
+
+
+def test_another_model_is_loaded_as_the_policy_is(tiny, tmp_path):
+    """One numeric path and one way to write prompts; adapters, revision and code stay apart."""
+    base = tiny_folder(tmp_path / "base", chat_template=False)
+    file = tmp_path / "plain.jinja"
+    file.write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    spec = PolicySpec(
+        model=str(tiny),
+        lora=LORA,
+        dtype="bfloat16",
+        attn_implementation="grouped",
+        share_prefixes=False,
+        chat_template=str(file),
+        revision="of the policy's",
+        trust_remote_code=True,
+    )
+    chat = replace(spec, revision=None).chat()
+    model = load_frozen(str(base), spec, chat, "32-true", "key")
+    assert model.chat.prompt_ids(PROMPTS[0].messages) == chat.prompt_ids(PROMPTS[0].messages)
+    assert model.model.dtype == torch.bfloat16
+    assert model.model.config._attn_implementation == GROUPED
+    assert not model.sharing
+    assert not hasattr(model.model, "peft_config")
+
+
+def test_a_base_model_without_a_template_takes_the_policys_own(tiny, tmp_path):
+    base = tiny_folder(tmp_path / "base", chat_template=False)
+    module = make_module(tiny)
+    model = load_frozen(str(base), module.spec, module.chat, "32-true", "key")
+    assert model.chat.prompt_ids(PROMPTS[1].messages) == module.chat.prompt_ids(PROMPTS[1].messages)
+    own = tiny_folder(tmp_path / "own")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.save_pretrained(own)
+    model = load_frozen(str(own), module.spec, module.chat, "32-true", "key")
+    assert model.chat.prompt_ids(PROMPTS[1].messages) != module.chat.prompt_ids(PROMPTS[1].messages)
 
 
 def test_another_vocabulary_is_refused(scored, tmp_path):
     other = tiny_folder(tmp_path / "other", pad="own")
     estimator = PrincipleEstimator(KIND, model=str(other))
     with pytest.raises(InputError, match=r"estimator.*model: the vocabulary .* differs"):
-        estimator.setup(scored[0].chat, "32-true")
+        estimator.setup(SPEC, scored[0].chat, "32-true")
 
 
 def test_null_is_the_reference_itself(scored):
@@ -157,14 +195,14 @@ def words_only():
 def test_a_placebo_is_another_text_of_the_same_length(text):
     chat = words_only()
     estimator = PlaceboEstimator(ContrastiveEstimator(text, text + " Not!"))
-    estimator.setup(chat, "64-true")
+    estimator.setup(SPEC, chat, "64-true")
     told = estimator.estimator.texts
     assert told["principle"] != told["antiprinciple"]
     for name, original in (("principle", text), ("antiprinciple", text + " Not!")):
         assert chat.count(told[name]) == chat.count(original)
         assert "kind" not in told[name].lower()
     again = dict(told)
-    estimator.setup(chat, "64-true")  # a second set-up replaces nothing
+    estimator.setup(SPEC, chat, "64-true")  # a second set-up replaces nothing
     assert estimator.estimator.texts == again
 
 
@@ -175,7 +213,7 @@ def test_each_text_gets_a_placebo_of_its_own():
     parts = [ContrastiveEstimator(**part["init_args"]) for part in arguments["estimators"]]
     wanted = [text for part in parts for text in part.texts.values()]
     chat = words_only()
-    PlaceboEstimator(MixtureEstimator(parts, arguments["weights"])).setup(chat, "64-true")
+    PlaceboEstimator(MixtureEstimator(parts, arguments["weights"])).setup(SPEC, chat, "64-true")
     told = [text for part in parts for text in part.texts.values()]
     assert [chat.count(text) for text in told] == [chat.count(text) for text in wanted]
     assert len(set(told)) == len(told) == len(PLACEBOS) == 4
@@ -190,13 +228,13 @@ def test_more_texts_than_placebos_are_refused():
     parts = [contrast(), contrast(), PrincipleEstimator(KIND)]
     estimator = PlaceboEstimator(MixtureEstimator(parts, [1.0, 1.0, 1.0]))
     with pytest.raises(InputError, match=r"estimator\.init_args\.estimator: .* 4 unrelated texts"):
-        estimator.setup(words_only(), "64-true")
+        estimator.setup(SPEC, words_only(), "64-true")
 
 
 def test_a_placebo_estimates_what_its_text_says(scored):
     module, rollout, scorer = scored
     estimator = PlaceboEstimator(PrincipleEstimator(KIND))
-    estimator.setup(module.chat, "64-true")
+    estimator.setup(SPEC, module.chat, "64-true")
     text = estimator.estimator.texts["principle"]
     close(every(estimator.estimate(scorer, scorer.reference(), 0)), naive(module, rollout, text))
 
@@ -242,7 +280,7 @@ def test_each_rollout_is_shuffled_anew_and_repeatably(scored):
 def test_controls_nest(scored):
     """Shuffled over placebo: the texts are replaced through the wrapper."""
     estimator = PlaceboEstimator(ShuffledEstimator(contrast()))
-    estimator.setup(scored[0].chat, "64-true")
+    estimator.setup(SPEC, scored[0].chat, "64-true")
     assert estimator.estimator.estimator.texts["principle"] != KIND
 
 
@@ -272,7 +310,7 @@ def test_an_estimator_without_a_principle_says_so(text):
 def test_a_principle_over_its_budget_is_an_error_and_never_cut(scored):
     estimator = PrincipleEstimator("Be kind. " * 50, max_principle_tokens=20)
     with pytest.raises(InputError, match=r"max_principle_tokens"):
-        estimator.setup(scored[0].chat, "32-true")
+        estimator.setup(SPEC, scored[0].chat, "32-true")
 
 
 def test_an_unknown_placement_is_an_error():
@@ -282,7 +320,7 @@ def test_an_unknown_placement_is_an_error():
 
 def test_a_placebo_of_no_principle_is_an_error(scored):
     with pytest.raises(InputError, match="NullEstimator has no principle"):
-        PlaceboEstimator(NullEstimator()).setup(scored[0].chat, "32-true")
+        PlaceboEstimator(NullEstimator()).setup(SPEC, scored[0].chat, "32-true")
 
 
 def test_a_told_prompt_over_the_models_positions_is_an_error(tmp_path):
@@ -304,8 +342,7 @@ def test_an_aligned_pair_lends_what_aligning_changed(scored, tmp_path):
     module, rollout, scorer = scored
     names = other(tmp_path / "aligned", 1), other(tmp_path / "base", 2)
     estimator = AlignedPairEstimator(*names, temperature=0.5)
-    estimator.setup(module.chat, "64-true")
-    estimator.double()
+    estimator.setup(SPEC, module.chat, "64-true")
     assert estimator.own_models() == names
     aligned, base = (
         naive_of(m.model, module.chat, rollout)
@@ -320,8 +357,7 @@ def test_one_aligned_model_of_the_policys_own_reference(scored, tmp_path):
     """τ = 1 and base = the reference: π̂* is the aligned model itself."""
     module, rollout, scorer = scored
     estimator = AlignedPairEstimator(other(tmp_path / "aligned", 1))
-    estimator.setup(module.chat, "64-true")
-    estimator.double()
+    estimator.setup(SPEC, module.chat, "64-true")
     found = every(estimator.estimate(scorer, scorer.reference(), 0))
     close(found, naive_of(estimator.aligned_model.model, module.chat, rollout))
 
@@ -331,7 +367,7 @@ def test_a_pair_of_another_vocabulary_is_refused(tiny, tmp_path):
     estimator = AlignedPairEstimator(str(other_tokens))
     chat = make_module(tiny).chat
     with pytest.raises(InputError, match=r"init_args\.aligned: the vocabulary of"):
-        estimator.setup(chat, "32-true")
+        estimator.setup(SPEC, chat, "32-true")
 
 
 def test_a_mixture_sums_credits(scored):
@@ -358,7 +394,7 @@ def test_a_mixture_of_one_is_that_one_and_of_nothing_the_reference(scored):
 def test_a_mixture_is_a_mixture_of_placebos_too(scored):
     mixture = MixtureEstimator([PrincipleEstimator(KIND)], [1.0])
     placebos = PlaceboEstimator(mixture)
-    placebos.setup(scored[0].chat, "64-true")
+    placebos.setup(SPEC, scored[0].chat, "64-true")
     (part,) = mixture.estimators
     assert part.texts["principle"] != KIND
 

@@ -305,7 +305,7 @@ class Planted(OptimalPolicyEstimator):
         self.letter = letter
         self.bonus = bonus
 
-    def setup(self, chat, precision):
+    def setup(self, spec, chat, precision):
         self.weights = torch.zeros(chat.vocab_size)
         self.weights[chat.response_ids(self.letter, complete=False)] = self.bonus
 

@@ -74,11 +74,15 @@ def make_policy(
     return Policy(actor=actor, frozen=frozen, spec=spec)
 
 
-def load_frozen(model: str, policy: ChatFormat, precision: str, key: str) -> CausalLM:
-    """Loads a frozen model beside the policy, for an estimator.
+def load_frozen(
+    model: str, spec: PolicySpec, policy: ChatFormat, precision: str, key: str
+) -> CausalLM:
+    """Loads a frozen model beside the policy, as the policy is loaded: on one numeric path.
 
     Args:
         model: What ``PolicySpec.model`` may be.
+        spec: How the policy is loaded. Without a ``chat_template`` the model's own counts, and the
+            policy's where it has none, as base models.
         policy: The policy's chat format; both tokenizers must map the same tokens to the same ids.
         precision: The trainer's.
         key: The YAML key that named the model, for messages.
@@ -86,8 +90,8 @@ def load_frozen(model: str, policy: ChatFormat, precision: str, key: str) -> Cau
     Raises:
         InputError: If the vocabularies differ.
     """
-    spec = PolicySpec(model=model)
-    chat = spec.chat(key)
+    spec = spec.beside(model)
+    chat = spec.chat(key, otherwise=policy.tokenizer.chat_template)
     ours, theirs = policy.tokenizer.get_vocab(), chat.tokenizer.get_vocab()
     if ours != theirs:
         differing = len(set(ours.items()) ^ set(theirs.items()))

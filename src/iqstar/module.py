@@ -87,7 +87,7 @@ class InverseQStar(AlignmentModule):
     def prepare(self, precision: str) -> None:
         """Loads what the estimator and the rollout engine need."""
         assert self.policy is not None
-        self.estimator.setup(self.chat, precision)
+        self.estimator.setup(self.spec, self.chat, precision)
         self.rollout.setup(self.policy, self.estimator, self.loss, self.temperature, precision)
         if self.refresh is not None:
             self._moving = moving_models(self.policy, self.estimator, self.refresh)

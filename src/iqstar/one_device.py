@@ -74,7 +74,7 @@ def frozen_models(trainer: Trainer, module: InverseQStar) -> Policy:
     precision, plugin = str(trainer.precision), trainer.precision_plugin
     with plugin.module_init_context():
         policy = load_reference(module.spec, module.chat, precision)
-        module.estimator.setup(module.chat, precision)
+        module.estimator.setup(module.spec, module.chat, precision)
     for part in (policy.actor, module.estimator):
         plugin.convert_module(part).to(trainer.strategy.root_device)
     return policy

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -64,8 +64,13 @@ class PolicySpec:
     revision: str | None = None
     trust_remote_code: bool = False
 
-    def chat(self, key: str = "model.policy.model") -> ChatFormat:
-        """The model's tokenizer and chat format; reads no weights."""
+    def chat(self, key: str = "model.policy.model", otherwise: str | None = None) -> ChatFormat:
+        """The model's tokenizer and chat format; reads no weights.
+
+        Args:
+            key: The YAML key that named the model, for messages.
+            otherwise: The chat template where neither the settings nor the tokenizer have one.
+        """
         from transformers import GenerationConfig
 
         where: dict[str, Any] = {
@@ -76,12 +81,23 @@ class PolicySpec:
         eos = config.eos_token_id
         with suppress(OSError):  # the file is optional
             eos = GenerationConfig.from_pretrained(resolve_model(self.model)).eos_token_id or eos
+        tokenizer = load_tokenizer(self.model, key=key, **where)
         return ChatFormat(
-            load_tokenizer(self.model, key=key, **where),
-            template=self.chat_template,
+            tokenizer,
+            template=self.chat_template or (None if tokenizer.chat_template else otherwise),
             generation_eos=eos,
             model_vocab_size=config.vocab_size,
         )
+
+    def beside(self, model: str) -> PolicySpec:
+        """How a frozen model beside the policy is loaded.
+
+        As the policy, but for its adapters, its revision, and the trust in the code that it ships.
+
+        Args:
+            model: Of that model, what ``model`` may be.
+        """
+        return replace(self, model=model, lora=None, revision=None, trust_remote_code=False)
 
 
 class CausalLM(nn.Module):

@@ -66,7 +66,7 @@ def load_sides(trainer: Trainer, module: AlignmentModule, source: PolicySource) 
         else:
             policy = load_reference(spec, module.chat, precision)
             if source.model is not None:
-                actor = load_frozen(source.model, module.chat, precision, "--policy")
+                actor = load_frozen(source.model, spec, module.chat, precision, "--policy")
                 policy = replace(policy, actor=actor, spec=replace(spec, lora=None))
     for part in {policy.actor, policy.frozen or policy.actor}:
         plugin.convert_module(part).to(trainer.strategy.root_device)

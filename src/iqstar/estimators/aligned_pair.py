@@ -9,7 +9,7 @@ from iqstar.distributions import LogLinear, TokenDistributions
 from iqstar.errors import InputError
 from iqstar.estimators.base import KEY, FrozenScorer, OptimalPolicyEstimator
 from iqstar.loading import load_frozen
-from iqstar.policy import CausalLM
+from iqstar.policy import CausalLM, PolicySpec
 
 
 class AlignedPairEstimator(OptimalPolicyEstimator):
@@ -35,16 +35,16 @@ class AlignedPairEstimator(OptimalPolicyEstimator):
         self.aligned_model: CausalLM | None = None
         self.base_model: CausalLM | None = None
 
-    def setup(self, chat: ChatFormat, precision: str) -> None:
+    def setup(self, spec: PolicySpec, chat: ChatFormat, precision: str) -> None:
         """See :meth:`OptimalPolicyEstimator.setup`.
 
         Raises:
             InputError: If a model cannot be loaded, or its vocabulary is not the policy's.
         """
         if self.aligned_model is None:
-            self.aligned_model = load_frozen(self.aligned, chat, precision, f"{KEY}.aligned")
+            self.aligned_model = load_frozen(self.aligned, spec, chat, precision, f"{KEY}.aligned")
         if self.base is not None and self.base_model is None:
-            self.base_model = load_frozen(self.base, chat, precision, f"{KEY}.base")
+            self.base_model = load_frozen(self.base, spec, chat, precision, f"{KEY}.base")
 
     def own_models(self) -> tuple[str, ...]:
         """See :meth:`OptimalPolicyEstimator.own_models`."""

@@ -11,7 +11,7 @@ from torch import nn
 from iqstar.chat import ChatFormat
 from iqstar.distributions import TokenDistributions
 from iqstar.errors import InputError
-from iqstar.policy import CausalLM
+from iqstar.policy import CausalLM, PolicySpec
 
 KEY = "model.estimator.init_args"
 
@@ -52,10 +52,11 @@ class OptimalPolicyEstimator(nn.Module, ABC):
             Normalised distributions over the policy's vocabulary.
         """
 
-    def setup(self, chat: ChatFormat, precision: str) -> None:
+    def setup(self, spec: PolicySpec, chat: ChatFormat, precision: str) -> None:
         """Loads what the estimator needs beside the reference; called once before training.
 
         Args:
+            spec: How the policy is loaded, and so any model beside it.
             chat: The policy's chat format.
             precision: The trainer's.
         """

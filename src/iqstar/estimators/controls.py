@@ -10,6 +10,7 @@ from iqstar.chat import ChatFormat
 from iqstar.distributions import LogLinear, Reindexed, TokenDistributions
 from iqstar.errors import InputError
 from iqstar.estimators.base import KEY, FrozenScorer, OptimalPolicyEstimator
+from iqstar.policy import PolicySpec
 
 
 class NullEstimator(OptimalPolicyEstimator):
@@ -51,7 +52,7 @@ class PlaceboEstimator(OptimalPolicyEstimator):
         self.estimator = estimator
         self._rewritten = False
 
-    def setup(self, chat: ChatFormat, precision: str) -> None:
+    def setup(self, spec: PolicySpec, chat: ChatFormat, precision: str) -> None:
         """See :meth:`OptimalPolicyEstimator.setup`.
 
         Raises:
@@ -61,7 +62,7 @@ class PlaceboEstimator(OptimalPolicyEstimator):
             sources = iter(PLACEBOS)
             self.estimator.rewrite(lambda text: placebo(text, _next_of(sources), chat))
             self._rewritten = True
-        self.estimator.setup(chat, precision)
+        self.estimator.setup(spec, chat, precision)
 
     def estimate(
         self, scorer: FrozenScorer, reference: TokenDistributions, seed: int
@@ -86,9 +87,9 @@ class ShuffledEstimator(OptimalPolicyEstimator):
         super().__init__()
         self.estimator = estimator
 
-    def setup(self, chat: ChatFormat, precision: str) -> None:
+    def setup(self, spec: PolicySpec, chat: ChatFormat, precision: str) -> None:
         """See :meth:`OptimalPolicyEstimator.setup`."""
-        self.estimator.setup(chat, precision)
+        self.estimator.setup(spec, chat, precision)
 
     def rewrite(self, rewriting: Callable[[str], str]) -> None:
         """See :meth:`OptimalPolicyEstimator.rewrite`."""

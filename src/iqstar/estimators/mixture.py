@@ -11,6 +11,7 @@ from iqstar.chat import ChatFormat
 from iqstar.distributions import LogLinear, TokenDistributions
 from iqstar.errors import InputError
 from iqstar.estimators.base import KEY, FrozenScorer, OptimalPolicyEstimator
+from iqstar.policy import PolicySpec
 
 
 class MixtureEstimator(OptimalPolicyEstimator):
@@ -36,10 +37,10 @@ class MixtureEstimator(OptimalPolicyEstimator):
         self.estimators = nn.ModuleList(estimators)
         self.weights = list(weights)
 
-    def setup(self, chat: ChatFormat, precision: str) -> None:
+    def setup(self, spec: PolicySpec, chat: ChatFormat, precision: str) -> None:
         """See :meth:`OptimalPolicyEstimator.setup`."""
         for part in self._parts():
-            part.setup(chat, precision)
+            part.setup(spec, chat, precision)
 
     def rewrite(self, rewriting: Callable[[str], str]) -> None:
         """See :meth:`OptimalPolicyEstimator.rewrite`."""

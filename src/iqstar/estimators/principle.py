@@ -9,7 +9,7 @@ from iqstar.distributions import LogLinear, TokenDistributions
 from iqstar.errors import InputError
 from iqstar.estimators.base import KEY, FrozenScorer, OptimalPolicyEstimator
 from iqstar.loading import load_frozen
-from iqstar.policy import CausalLM
+from iqstar.policy import CausalLM, PolicySpec
 
 
 class ToldEstimator(OptimalPolicyEstimator):
@@ -32,7 +32,7 @@ class ToldEstimator(OptimalPolicyEstimator):
         self.model_name = model
         self.model: CausalLM | None = None
 
-    def setup(self, chat: ChatFormat, precision: str) -> None:
+    def setup(self, spec: PolicySpec, chat: ChatFormat, precision: str) -> None:
         """See :meth:`OptimalPolicyEstimator.setup`."""
         for name, text in self.texts.items():
             if (tokens := chat.count(text)) > self.max_principle_tokens:
@@ -42,7 +42,7 @@ class ToldEstimator(OptimalPolicyEstimator):
                     f"{KEY}.max_principle_tokens"
                 )
         if self.model_name is not None and self.model is None:
-            self.model = load_frozen(self.model_name, chat, precision, f"{KEY}.model")
+            self.model = load_frozen(self.model_name, spec, chat, precision, f"{KEY}.model")
 
     def own_models(self) -> tuple[str, ...]:
         """See :meth:`OptimalPolicyEstimator.own_models`."""

@@ -23,7 +23,7 @@ from iqstar.optim import parameter_groups
 from iqstar.planning.empty import TRUE, cast_bytes, empty_policy, weights_of
 from iqstar.planning.footprint import Footprint, Generation, Weights, Workload
 from iqstar.planning.tracing import Trace, fake_weights, without_memory
-from iqstar.policy import AUTOCAST, CausalLM, Policy, PolicySpec
+from iqstar.policy import AUTOCAST, CausalLM, Policy
 from iqstar.sampling import CategoricalSampler
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def trace_run(
     policy = empty_policy(module.spec, config, precision)
     frozen = {} if policy.frozen is None else {"reference": weights_of(policy.frozen)}
     for name, other in own_models.items():
-        model = empty_policy(PolicySpec(), other, precision).frozen
+        model = empty_policy(module.spec.beside(name), other, precision).frozen
         assert model is not None
         frozen[name] = weights_of(model)
     with without_memory():
