@@ -7,11 +7,16 @@ import torch
 
 from fitting import PROMPTS, ask, attach, fit, make_module
 from iqstar import decoding
+from iqstar.baselines import GRPO
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.estimators import NullEstimator
+from iqstar.evaluation import evaluation_engine, sample_and_score
+from iqstar.judges import Judge
 from iqstar.loading import load_policy
 from iqstar.losses import TokenPolicyGradientLoss
+from iqstar.mdp import PromptBatch
+from iqstar.paired_responses import sample_pairs
 from iqstar.policy import PolicySpec
 from iqstar.rollouts import (
     DatasetRollout,
@@ -121,6 +126,50 @@ def test_generation_stops_at_stop_strings(policy):
         assert cut or letters[-1]
         assert not any(letters[:-1])
     assert not rollout.truncated.all()
+
+
+def test_texts_end_where_the_engines_stop_string_begins(tiny):
+    module = attach(make_module(tiny))
+    chat, data = module.chat, DatasetRollout(40)
+    prompts = (ask("a", "the ring and the sand", complete=False), ask("a", "you"))
+    rollout = data.roll_out(module.policy, prompts, 1.0, 0)
+    assert data.texts(chat, rollout) == ["the ring and the sand", "you"]
+    engine = GenerateRollout(stop_strings=["sand", "and", "zzz"])
+    assert engine.texts(chat, rollout) == ["the ring ", "you"]
+    assert evaluation_engine(engine, 2).texts(chat, rollout) == ["the ring ", "you"]
+    hh = ChatFormat(tiny_tokenizer(), template="hh")
+    ids = hh.response_ids("Yes.\n\nHuman: And", complete=False)
+    assert hh.decode(ids) == "Yes."
+    assert hh.decode(ids, ["s."]) == "Ye"
+    assert hh.decode(ids, []) == "Yes.\n\nHuman: And"
+
+
+class Letters(Judge):
+    """Keeps what it was shown."""
+
+    name, version = "letters", "1"
+
+    def __init__(self):
+        self.seen = []
+
+    def score(self, prompts, responses):
+        self.seen += responses
+        return [0.5] * len(responses)
+
+
+def test_nobody_is_shown_a_stop_string(tiny):
+    """Any vowel stops: then no text has one, wherever it is decoded."""
+    engine = GenerateRollout(12, responses_per_prompt=2, stop_strings=list("aeiou"))
+    judge = Letters()
+    module = attach(GRPO(PolicySpec(model=str(tiny)), judge, rollout=engine, judge=judge))
+    texts = [row["response"] for row in module.predict_step(PromptBatch(prompts=PROMPTS), 0)]
+    records, _ = sample_and_score(module.policy, PROMPTS, judge, like=engine, samples=2, seed=0)
+    texts += [record.response for record in records]
+    pairs = list(sample_pairs(module.policy, [PROMPTS], like=engine, samples=2, seed=0))
+    texts += [side.text for pair in pairs for side in (pair.policy, pair.reference)]
+    assert len(judge.seen) == 16
+    for text in [*texts, *judge.seen]:
+        assert not set("aeiou") & set(text)
 
 
 def test_truncated_responses_can_be_left_out(tmp_path):

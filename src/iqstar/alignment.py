@@ -368,7 +368,7 @@ class AlignmentModule(EvaluatedModule, ABC):
         return [
             row
             for micro in self.collect(batch.prompts, seed)
-            for row in credit_rows(self.policy, micro, self.beta, self.temperature)
+            for row in credit_rows(self.policy, micro, self.rollout, self.beta, self.temperature)
         ]
 
     # -- checkpoints -------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 from iqstar.chat import ChatFormat
 from iqstar.credit import CreditTransform
 from iqstar.distributions import TokenDistributions, Unknown
+from iqstar.engine import RolloutEngine
 from iqstar.estimators import OptimalPolicyEstimator
 from iqstar.mdp import Rollout, TokenCredits, TokenSequences
 from iqstar.policy import Policy
@@ -111,8 +112,17 @@ def _score(
     return tokens, target
 
 
-def credit_rows(policy: Policy, micro: MicroBatch, beta: float, temperature: float) -> list[dict]:
+def credit_rows(
+    policy: Policy, micro: MicroBatch, engine: RolloutEngine, beta: float, temperature: float
+) -> list[dict]:
     """The responses of a micro-batch with the credit of each token, as plain JSON values.
+
+    Args:
+        policy: The policy and its reference.
+        micro: The micro-batch.
+        engine: Where its responses are from.
+        beta: Unit of credit.
+        temperature: Of all scoring.
 
     Returns:
         Rows of ``prompt`` (its messages), ``response``, ``tokens`` (the text that each adds),
@@ -123,6 +133,7 @@ def credit_rows(policy: Policy, micro: MicroBatch, beta: float, temperature: flo
     lengths = micro.rollout.lengths.tolist()
     columns = zip(
         micro.rollout.prompts,
+        engine.texts(chat, micro.rollout),
         micro.tokens.actions.split(lengths),
         (micro.tokens.credit * beta).split(lengths),
         ((now - micro.tokens.reference) * beta).split(lengths),
@@ -130,11 +141,11 @@ def credit_rows(policy: Policy, micro: MicroBatch, beta: float, temperature: flo
         strict=True,
     )
     rows: list[dict[str, Any]] = []
-    for prompt, ids, credit, implied, truncated in columns:
+    for prompt, text, ids, credit, implied, truncated in columns:
         rows.append(
             {
                 "prompt": prompt.turns,
-                "response": chat.decode(ids.tolist()),
+                "response": text,
                 "tokens": pieces(chat, ids.tolist()),
                 "credits": [round(c, 6) for c in credit.tolist()],
                 "implied": [round(c, 6) for c in implied.tolist()],

@@ -162,12 +162,17 @@ class ChatFormat:
             ids = self._follow(self._lead + text, plain=True)
         return ids + list(self.end_of_turn) if complete else ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of response ids, without special tokens and without what a stop string cuts off."""
+    def decode(self, ids: Sequence[int], stop_strings: Sequence[str] | None = None) -> str:
+        """Text of response ids, without special tokens and without what a stop string cuts off.
+
+        Args:
+            ids: Of the response.
+            stop_strings: Where the text ends; None for those of the format.
+        """
         text: Any = self.tokenizer.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        for stop in self.stop_strings:
+        for stop in self.stop_strings if stop_strings is None else stop_strings:
             text = text.partition(stop)[0]
         return text.removeprefix(self._lead) if self._lead.isspace() else text
 

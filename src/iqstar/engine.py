@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lightning import Trainer
 from torch import nn
 
+from iqstar.chat import ChatFormat
 from iqstar.losses import TokenLoss
 from iqstar.mdp import Prompt, Rollout, TokenCredits
 from iqstar.policy import Policy
@@ -42,6 +43,15 @@ class RolloutEngine(ABC):
             temperature: Of sampling; scoring uses the same.
             seed: Fixes what is sampled; the global random state is left as it was.
         """
+
+    def texts(self, chat: ChatFormat, rollout: Rollout) -> list[str]:
+        """The responses as everybody is shown them: without the stop string that ended them.
+
+        Args:
+            chat: The policy's chat format.
+            rollout: The responses.
+        """
+        return [chat.decode(response, self.stop_strings) for response in rollout.responses]
 
     def setup(  # noqa: B027  # most engines have nothing to check
         self,

@@ -89,8 +89,9 @@ def sample_and_score(
         The responses, and (sum, count) of the exact KL to the reference and the entropy, over
         response tokens, in nats at T = 1.
     """
-    rollout = evaluation_engine(like, samples).sample(policy.actor, prompts, 1.0, seed)
-    texts = [policy.actor.chat.decode(response) for response in rollout.responses]
+    engine = evaluation_engine(like, samples)
+    rollout = engine.sample(policy.actor, prompts, 1.0, seed)
+    texts = engine.texts(policy.actor.chat, rollout)
     missing = [float("nan")] * len(texts)
     scores = scores_of(judge, rollout.prompts, texts) if judge else missing
     records = [

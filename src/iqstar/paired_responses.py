@@ -86,8 +86,8 @@ def sample_pairs(
                 theirs = engine.sample(model, prompts, 1.0, own)
         kl = divergences(policy, ours)["kl"].double().split(ours.lengths.tolist())
         sides = zip(
-            responses(policy.actor, ours, [float(part.sum()) for part in kl]),
-            responses(policy.actor, theirs),
+            responses(engine, policy.actor, ours, [float(part.sum()) for part in kl]),
+            responses(engine, policy.actor, theirs),
             strict=True,
         )
         for row, (mine, other) in enumerate(sides):
@@ -103,24 +103,26 @@ def sample_pairs(
 
 
 def responses(
-    model: CausalLM, rollout: Rollout, kl: Sequence[float] | None = None
+    engine: RolloutEngine, model: CausalLM, rollout: Rollout, kl: Sequence[float] | None = None
 ) -> list[Response]:
     """The rows of a rollout as texts.
 
     Args:
-        model: For its tokenizer.
+        engine: What sampled them.
+        model: For its chat format.
         rollout: The responses.
         kl: Of every response, if measured.
     """
-    rows = zip(rollout.responses, rollout.truncated, strict=True)
+    texts = engine.texts(model.chat, rollout)
+    rows = zip(texts, rollout.lengths.tolist(), rollout.truncated, strict=True)
     return [
         Response(
-            text=model.chat.decode(ids),
-            tokens=len(ids),
+            text=text,
+            tokens=tokens,
             truncated=bool(cut),
             kl=None if kl is None else kl[row],
         )
-        for row, (ids, cut) in enumerate(rows)
+        for row, (text, tokens, cut) in enumerate(rows)
     ]
 
 

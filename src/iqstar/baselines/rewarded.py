@@ -97,8 +97,8 @@ class RewardedModule(AlignmentModule):
         Responses that are left out of the loss have no tokens: the judge is not asked about them.
         """
         rows = [row for row, length in enumerate(rollout.lengths.tolist()) if length]
-        prompts = [rollout.prompts[row] for row in rows]
-        texts = [self.chat.decode(response) for response in rollout.responses if response]
+        shown = self.rollout.texts(self.chat, rollout)
+        prompts, texts = [rollout.prompts[row] for row in rows], [shown[row] for row in rows]
         failure: Exception | None = None
         try:
             found, failure = asked(self.reward, prompts, texts) if rows else ([], None)

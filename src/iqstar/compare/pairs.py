@@ -54,7 +54,7 @@ def write_pairs(setting: Setting, responses: int, path: Path) -> tuple[int, int]
         with plugin.forward_context():
             seed = rollout_seed(module.seed, start)
             rollout = engine.sample(policy.actor, asked, module.temperature, seed)
-        texts = [module.chat.decode(response).strip() for response in rollout.responses]
+        texts = [text.strip() for text in engine.texts(module.chat, rollout)]
         scores = scores_of(module.judge, rollout.prompts, texts)
         whole = [not cut for cut in rollout.truncated.tolist()]
         for number, prompt in zip(range(0, len(texts), 2), asked, strict=True):

@@ -88,8 +88,8 @@ class ResponseEstimator(ToldEstimator):
             rollout = self.engine.sample(self.model, prompts, temperature, own_seed)
         ranks = self._ranks(policy, rollout, temperature).view(-1, self.candidates)
         chosen = ranks.argmax(dim=1) + torch.arange(len(prompts)) * self.candidates
-        responses = rollout.responses
-        return [policy.actor.chat.decode(responses[i]) for i in chosen.tolist()]
+        texts = self.engine.texts(policy.actor.chat, rollout)
+        return [texts[i] for i in chosen.tolist()]
 
     def _ranks(self, policy: Policy, rollout: Rollout, temperature: float) -> torch.Tensor:
         """Mean over each response's tokens of log π_ref(·|c⁺) − log π_ref(·|c⁻), on the CPU."""
