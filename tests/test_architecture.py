@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
-    {"errors", "chatter", "precision", "allocator", "vllm_worker"},
+    {"errors", "chatter", "precision", "allocator", "vllm_worker", "signatures"},
     {"mdp", "ranks", "fingerprint", "atomic", "adapters", "intervals", "templates"},
     {"ranking"},
     {"checkpoints"},
@@ -40,7 +40,7 @@ PACKAGES = {
     "data": {"errors", "mdp"},
     "commands": {"errors", "mdp", "data", "settings", "pretrained", "policy", "adapters", "loading"}
     | {"checkpoints", "precision", "card", "export", "planning", "training_cli", "chatter"}
-    | {"assignment", "credit_file", "estimators", "module", "rollouts", "scored"}
+    | {"signatures", "assignment", "credit_file", "estimators", "module", "rollouts", "scored"}
     | {"intervals", "ranking", "judges", "compare", "one_device"}
     | {"report", "paired_responses", "summary", "alignment", "resume", "atomic"},
     "report": {"errors", "mdp", "atomic", "intervals", "judges", "paired_responses"},

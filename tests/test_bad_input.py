@@ -171,6 +171,45 @@ def test_misspelt_option(fails, option, right):
     assert message == f"{option}: unknown option; did you mean {right}?"
 
 
+@pytest.mark.parametrize(
+    ("option", "right"),
+    [
+        ("--max_steps", "--trainer.max_steps"),
+        ("--lr", "--model.optimizer.lr"),
+        ("--strength", "--model.estimator.strength"),
+        ("--batch_size", "--data.batch_size or --model.rollout.batch_size"),
+    ],
+)
+def test_option_without_what_stands_before_it(fails, option, right):
+    assert fails(None, None, option, "5") == f"{option}: unknown option; did you mean {right}?"
+
+
+def test_key_at_another_place(fails, tmp_path):
+    file = tmp_path / "config.yaml"
+    message = fails("trainer.beta", 2)
+    line = line_of(file, "beta")
+    assert message == f"{file}:{line}: unknown key trainer.beta; did you mean model.beta?"
+
+
+def test_settings_beside_a_class_path(fails, tmp_path):
+    part = {"class_path": "iqstar.estimators.PrincipleEstimator", "principle": "Be kind."}
+    message = fails(ESTIMATOR, part)
+    file = tmp_path / "config.yaml"
+    assert message == (
+        f"{file}:{line_of(file, 'principle:')}: {ESTIMATOR}.principle stands beside class_path; "
+        f"a class takes what is below init_args: {ESTIMATOR}.init_args.principle"
+    )
+
+
+def test_settings_of_a_part_without_a_class(fails):
+    for option in ("--model.refresh.every", "--model.refresh.evry"):
+        message = fails(None, None, option, "2")
+        assert message == (
+            f"{option}: model.refresh has no class yet; name one first: --model.refresh, one of "
+            "iqstar.refresh.EMARefresh, iqstar.refresh.PeriodicRefresh"
+        )
+
+
 def test_word_that_is_no_option(fails):
     assert fails(None, None, "stray").startswith("stray: not expected here")
 
@@ -252,6 +291,15 @@ def test_wrong_type(fails, tmp_path, key, value, expected):
 def test_wrong_type_on_the_command_line(fails):
     message = fails(None, None, "--model.beta", "high")
     assert message == "--model.beta: 'high' does not fit; expected float"
+
+
+def test_wrong_word_of_several_lists(fails):
+    message = fails(None, None, "--trainer.precision", "fp16")
+    assert message.startswith("--trainer.precision: 'fp16' does not fit; expected one of ")
+    assert "'bf16-mixed', '32-true', '64-true'" in message
+    assert not {"[", "]"} & set(message)
+    message = fails(None, None, "--data.val_prompts", "some")
+    assert message.endswith("'some' does not fit; expected int or 'auto' or null")
 
 
 def test_wrong_learning_rate(fails):

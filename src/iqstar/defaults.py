@@ -15,7 +15,8 @@ from iqstar.baselines import PPO
 from iqstar.module import InverseQStar
 from iqstar.optim import ADAMW
 from iqstar.precision import default_precision
-from iqstar.settings import Explainer, Setting, parameters, public_path
+from iqstar.settings import Explainer, Setting
+from iqstar.signatures import parameters, public_path
 
 PARTS: Mapping[type, Mapping[str, Any]] = {
     AlignmentModule: {

@@ -10,17 +10,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from iqstar.errors import InputError
+from iqstar.signatures import classes_in, hints, parameters, public_path, subclasses
 
 WRAPPERS = ("class_path", "init_args", "dict_kwargs")
 CONFIG_FLAGS = ("--config", "-c")
@@ -148,6 +147,7 @@ class Explainer:
         text = "\n".join(line for line in lines if not line.lstrip().startswith("Given value"))
         found = (
             self._unknown_key(text)
+            or self._no_class_yet(text)
             or self._wrong_class(text)
             or self._missing(text)
             or self._wrong_type(text)
@@ -185,11 +185,52 @@ class Explainer:
         if near:
             right = ".".join([*parent, near[0], *setting.path[depth:]])
             hint = f"did you mean {'' if setting.place else '--'}{right}?"
+        elif parent and not self._has_class(parent):
+            return setting.said(self._choices(parent))
+        elif places := self._elsewhere(wrong):
+            dashes = "" if setting.place else "--"
+            hint = f"did you mean {' or '.join(dashes + place for place in places)}?"
         else:
             hint = f"known there: {', '.join(known)}" if known else "see iqstar fit --help"
         return setting.said(
             f"unknown key {setting.key}; {hint}" if setting.place else f"unknown option; {hint}"
         )
+
+    def _no_class_yet(self, text: str) -> str | None:
+        """A part whose class is not named, or not seen since its settings stand beside it."""
+        before, found, _ = text.partition(" is abstract")
+        place = self._nested(before)
+        below = [s for s in self.settings if s.plain[:-1] == place and s.path[-1] not in WRAPPERS]
+        if not (found and below):
+            return None
+        paths = {s.path for s in self.settings}
+        for setting in below:
+            *above, key = setting.path
+            if (*above, "class_path") in paths:
+                right = ".".join([*above, "init_args", key])
+                return setting.said(
+                    f"{setting.key} stands beside class_path; a class takes what is below "
+                    f"init_args: {right}"
+                )
+        return below[-1].said(self._choices(place))
+
+    def _has_class(self, path: tuple[str, ...]) -> bool:
+        """Whether it is known which class stands at a place."""
+        plain, bases = _plain(path), self.classes(path)
+        named = any(setting.plain == plain and setting.value for setting in self.settings)
+        return named or not bases or not all(map(inspect.isabstract, bases))
+
+    def _choices(self, path: tuple[str, ...]) -> str:
+        key = ".".join(_plain(path))
+        names = sorted(public_path(c) for c in subclasses(self.classes(path)))
+        return f"{key} has no class yet; name one first: --{key}, one of {', '.join(names)}"
+
+    def _elsewhere(self, name: str) -> list[str]:
+        """The places that have a setting of this name."""
+        places = [(root,) for root in self.roots]
+        parts = [(root, part) for root in ("model", "data") for part in self.known((root,))]
+        found = [p for p in (*places, *parts) if self._has_class(p) and name in self.known(p)]
+        return [".".join([*place, name]) for place in found]
 
     def _wrong_class(self, text: str) -> str | None:
         patterns = (
@@ -240,11 +281,7 @@ class Explainer:
         match = expected or union
         if not fitting or match is None:
             return None
-        setting = fitting[-1]
-        kinds = re.sub(r"<class '([\w.]+)'>", r"\1", match[1]).replace("NoneType", "null")
-        kinds = re.sub(r"\b(?:\w+\.)+(?=\w)", "", kinds).replace(", ", " or ")
-        if choices := re.match(r"Literal\[(.*)\]", kinds):
-            kinds = f"one of {choices[1].replace(' or ', ', ')}"
+        setting, kinds = fitting[-1], _kinds(match[1])
         given = setting.value or "a mapping or list"
         where = f"{setting.key}: " if setting.place else ""
         return setting.said(f"{where}{given!r} does not fit; expected {kinds}")
@@ -285,7 +322,7 @@ class Explainer:
             ):
                 return cls
         return next(iter([b for b in self.classes(path) if not inspect.isabstract(b)]), None) or (
-            next(iter(_subclasses(self.classes(path))), None)
+            next(iter(subclasses(self.classes(path))), None)
         )
 
     def classes(self, path: tuple[str, ...]) -> list[type]:
@@ -294,18 +331,34 @@ class Explainer:
         if len(plain) == 1:
             return [self.roots[plain[0]]] if plain[0] in self.roots else []
         owner = self.class_at(plain[:-1]) if plain else None
-        return [] if owner is None else _classes_in(_hints(owner).get(plain[-1]))
+        return [] if owner is None else classes_in(hints(owner).get(plain[-1]))
 
     def _named(self, name: str, bases: Sequence[type]) -> type | None:
         """A class by its import path, or by its name alone."""
         module, _, attribute = name.rpartition(".")
         if not module:
-            return next((c for c in _subclasses(bases) if c.__name__ == name), None)
+            return next((c for c in subclasses(bases) if c.__name__ == name), None)
         try:
             found = getattr(import_module(module), attribute, None)
         except (ImportError, ValueError):
             return None
         return found if inspect.isclass(found) else None
+
+
+def _kinds(types: str) -> str:
+    """A parser's list of types, for people: types, and the words that may stand for them."""
+    lists = re.findall(r"Literal\[([^]]*)\]", types)
+    words = {word.strip("'"): word for text in lists for word in text.split(", ")}
+    others = re.sub(r"(?:\w+\.)*Literal\[[^]]*\]", "", types)
+    others = re.sub(r"<class '([\w.]+)'>", r"\1", others).replace("NoneType", "null")
+    others = re.sub(r"\b(?:\w+\.)+(?=\w)", "", others)
+    plain = [part for part in others.split(", ") if part]
+    if not words:
+        return " or ".join(plain)
+    listed = ", ".join(words.values())
+    if plain in ([], ["null"]):
+        return " or ".join([f"one of {listed}", *plain])
+    return " or ".join([plain[0], listed, *plain[1:]])
 
 
 def _plain(path: Sequence[str]) -> tuple[str, ...]:
@@ -316,69 +369,9 @@ def _follows(key: str, known: Sequence[str]) -> bool:
     return key in known or key in WRAPPERS or key.isdigit()
 
 
-def _initializers(cls: type) -> Iterator[Any]:
-    """The constructors that take a class's settings: its own, and its base's if it hands on."""
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            yield base.__init__  # type: ignore[misc]
-            kinds = {p.kind for p in inspect.signature(base).parameters.values()}
-            if inspect.Parameter.VAR_KEYWORD not in kinds:
-                return
-
-
-def parameters(cls: type) -> list[str]:
-    """The names of a class's settings, those that it hands on to its base included."""
-    if not any("__init__" in vars(base) for base in cls.__mro__[:-1]):
-        return list(inspect.signature(cls).parameters)
-    found: dict[str, None] = {}
-    for init in _initializers(cls):
-        own = list(inspect.signature(init).parameters.items())[1:]
-        found |= {n: None for n, p in own if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    return list(found)
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for init in _initializers(cls):
-        try:
-            found = typing.get_type_hints(init) | found
-        except (NameError, TypeError):  # imported for type checkers only
-            continue
-    return found
-
-
-def _classes_in(hint: Any) -> list[type]:
-    """The classes of a type hint: ``list[A] | None`` → A; ``Callable[..., B]`` → B."""
-    if inspect.isclass(hint) and not typing.get_args(hint):
-        plain = hint.__module__ in ("builtins", "collections.abc") or hint.__name__ == "Tensor"
-        return [] if plain else [hint]
-    return [c for part in typing.get_args(hint) for c in _classes_in(part)]
-
-
-def _subclasses(bases: Sequence[type]) -> list[type]:
-    """The concrete classes below some bases, these included; our own first."""
-    found: dict[type, None] = {}
-    waiting = list(bases)
-    while waiting:
-        cls = waiting.pop(0)
-        waiting += cls.__subclasses__()
-        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
-            found[cls] = None
-    return sorted(found, key=lambda c: not c.__module__.startswith("iqstar"))
-
-
-def public_path(cls: type) -> str:
-    """The shortest import path of a class."""
-    parts = cls.__module__.split(".")
-    for end in range(1, len(parts)):
-        if getattr(import_module(".".join(parts[:end])), cls.__name__, None) is cls:
-            return ".".join([*parts[:end], cls.__name__])
-    return f"{cls.__module__}.{cls.__name__}"
-
-
 def _no_class(name: str, bases: Sequence[type]) -> str:
     """What to say of a class path that names no fitting class."""
-    choices = {cls.__name__: public_path(cls) for cls in reversed(_subclasses(bases))}
+    choices = {cls.__name__: public_path(cls) for cls in reversed(subclasses(bases))}
     module, _, last = name.rpartition(".")
     if not choices and module:
         try:

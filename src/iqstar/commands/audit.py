@@ -21,7 +21,7 @@ from rich.table import Table
 from iqstar import data as data_modules
 from iqstar.data import PromptDataModule
 from iqstar.errors import InputError
-from iqstar.settings import parameters
+from iqstar.signatures import parameters
 
 MEANINGS = {
     "rows": "rows read",
