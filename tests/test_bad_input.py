@@ -451,7 +451,13 @@ def test_judge_without_its_extra(fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment", types.ModuleType("vaderSentiment"))
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     message = fails("model.init_args.judge", {"class_path": "iqstar.judges.VaderJudge"})
-    assert message.endswith("install it with: pip install 'iqstar[judges]'")
+    assert message.endswith("install it with: pip install vaderSentiment")
+
+
+def test_logger_without_its_package(fails):
+    message = fails("trainer.logger", {"class_path": "lightning.pytorch.loggers.CometLogger"})
+    assert message.startswith("a class in the settings, such as trainer.logger, needs the package ")
+    assert "install it with: pip install 'comet-ml" in message
 
 
 # ---- running

@@ -18,8 +18,9 @@ from lightning import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
 import iqstar
-from iqstar.cli import main
-from iqstar.commands import audit, export, harm_judge
+from iqstar.cli import OTHERS, TRAINING, main
+from iqstar.commands import audit, compare, export, harm_judge
+from iqstar.compare.plan import read_comparison
 from iqstar.data import Sample
 from iqstar.estimators import ContrastiveEstimator
 from iqstar.judges import VaderJudge
@@ -55,7 +56,7 @@ def command_lines() -> list[str]:
 
 
 def iqstar_commands() -> list[str]:
-    pattern = r"\biqstar (?:fit|validate|test|predict|score|probe|eval|audit|export|harm-judge) .*"
+    pattern = rf"\biqstar (?:{'|'.join([*TRAINING, *OTHERS])}) .*"
     found = (re.search(pattern, line) for line in command_lines())
     return sorted({match[0] for match in found if match})
 
@@ -73,6 +74,10 @@ def test_commands_parse(line: str, tmp_path: Path, capsys: pytest.CaptureFixture
     command, *rest = shlex.split(line, comments=True)[1:]
     if command == "audit":
         audit._parser().parse_args(rest)
+        return
+    if command == "compare":
+        options = compare.parser().options(rest)
+        read_comparison(options.config, fast=options.fast)
         return
     if command in ("export", "harm-judge"):
         {"export": export, "harm-judge": harm_judge}[command]._parse(rest)

@@ -468,6 +468,13 @@ def test_without_a_checkpoint_nothing_differs(config, tmp_path):
     assert report["sides"]["policy"]["kl"] == {"value": 0, "low": 0, "high": 0}
 
 
+def test_without_a_judge_the_report_says_so(config, tmp_path):
+    del config["model"]["init_args"]["judge"]
+    report = evaluate(write_config(tmp_path, config), tmp_path / "out")
+    assert report["judges"] == []
+    assert any(note.startswith("no judge is set") for note in report["notes"])
+
+
 def test_further_judges_and_one_that_fails(config, tmp_path, capsys):
     judges = tmp_path / "judges.yaml"
     judges.write_text(yaml.safe_dump({"judges": [{"class_path": "test_eval.BrokenJudge"}]}))
@@ -580,6 +587,7 @@ def test_every_key_is_documented():
         (["--ckpt_path", "half.ckpt"], "--ckpt_path: half.ckpt is no checkpoint, or a damaged"),
         (["--ckpt_path", "last"], "--ckpt_path last: there is no complete checkpoint below"),
         (["--policy", "nowhere"], "--policy: "),
+        (["--policy", "no/such/folder/at/all"], "--policy: 'no/such/folder/at/all' does not exist"),
         (["--data.val_prompts", "0"], "data: no prompt is held out"),
         (["--output", "half.ckpt"], "--output: half.ckpt is a file; name a folder"),
         (["--output", "half.ckpt/below"], "--output: half.ckpt"),

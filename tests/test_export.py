@@ -411,6 +411,13 @@ def test_size_in_a_config(tmp_path, tiny, capsys):
     assert message.startswith("export.max_shard_size: '5 apples' is no size")
 
 
+def test_newest_checkpoint_below_a_folder(full, tmp_path, capsys):
+    argv = ["export", "--ckpt_path", str(full.folder.parent), "--out", str(tmp_path / "out")]
+    assert main(argv) == 0
+    assert capsys.readouterr().out.startswith(f"Exported {full.ckpt.resolve()} to ")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 def test_checkpoint_that_is_none(fails, full, tmp_path):
     assert fails(ckpt=tmp_path / "none").startswith(f"--ckpt: {tmp_path}/none does not exist")
     assert "is no checkpoint" in fails(ckpt=tmp_path)

@@ -216,4 +216,4 @@ def test_bad_arguments(rows, tmp_path, capsys, monkeypatch):
     same.write_text("".join(json.dumps({**line, "prompt": f"What {i}?"}) + "\n" for i in range(9)))
     assert "the same is_safe" in fails("--data", str(same), *out)
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    assert "pip install 'iqstar[judges]'" in fails("--data", str(rows), *out)
+    assert "pip install scikit-learn" in fails("--data", str(rows), *out)

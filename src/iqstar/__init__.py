@@ -6,11 +6,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Export": "iqstar.export_callback",
     "InverseQStar": "iqstar.module",
     "PolicySpec": "iqstar.policy",
     "LoRASpec": "iqstar.adapters",
+    "RunSummary": "iqstar.summary",
 }
-__all__ = ["InverseQStar", "LoRASpec", "PolicySpec", "__version__"]
+__all__ = ["Export", "InverseQStar", "LoRASpec", "PolicySpec", "RunSummary", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

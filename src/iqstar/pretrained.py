@@ -241,8 +241,8 @@ def _convert(gguf: Path, name: str, key: str) -> Path:
             raise InputError(f"{key}: {gguf} is not a GGUF file or is damaged; get it again")
     if not (importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate")):
         raise InputError(
-            f"{key}: reading {gguf.name} needs the gguf extra; "
-            "install it with: pip install 'iqstar[gguf]'"
+            f"{key}: reading {gguf.name} needs the packages gguf and accelerate; "
+            "install them with: pip install gguf accelerate"
         )
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -269,6 +269,14 @@ def readable_errors(
         raise Explainer(every, {**ROOTS, **classes}, keys).explain(error.message) from error
     except MisconfigurationException as error:
         raise InputError(f"trainer: {error}") from error
+    except ModuleNotFoundError as error:
+        found = re.match(r"Requirement '([^']+)' not met", str(error))  # Lightning's own words
+        if found is None:
+            raise
+        raise InputError(
+            f"a class in the settings, such as trainer.logger, needs the package {found[1]}; "
+            f"install it with: pip install '{found[1]}'"
+        ) from error
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

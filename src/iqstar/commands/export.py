@@ -1,7 +1,7 @@
 """``iqstar export``: the trained model of a checkpoint in Hugging Face format.
 
 Example:
-    ``iqstar export --ckpt runs/quickstart/version_0/checkpoints/last.ckpt --out kind``
+    ``iqstar export --ckpt runs/quickstart --out kind``
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from iqstar.adapters import with_adapters
 from iqstar.card import model_card, record_of_checkpoint
-from iqstar.checkpoints import read_checkpoint
+from iqstar.checkpoints import is_complete, newest_checkpoint, read_checkpoint
 from iqstar.commands.options import OptionParser
 from iqstar.errors import InputError
 from iqstar.export import SHARD_SIZE, Dtype, check_shard_size, export_policy
@@ -52,18 +52,19 @@ def main(argv: list[str]) -> int:
     out = Path(options.out)
     check_shard_size(options.max_shard_size, "--max_shard_size")
     _check_out(out, options.overwrite)
-    checkpoint = read_trained(Path(options.ckpt))
+    ckpt = checkpoint_at(Path(options.ckpt))
+    checkpoint = read_trained(ckpt)
     settings = _read_config(Path(options.config)) if options.config else None
     record = record_of_checkpoint(checkpoint, settings)
-    spec = policy_spec(record.settings, options.config or options.ckpt)
+    spec = policy_spec(record.settings, options.config or str(ckpt))
     if options.merge and spec.lora is None:
         raise InputError(
-            f"--merge: {options.ckpt} has no adapters to fold in, all weights were trained; "
+            f"--merge: {ckpt} has no adapters to fold in, all weights were trained; "
             "leave --merge out"
         )
     with quiet_transformers(bars=False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*`is_gradient_checkpointing` is deprecated.*")
-        policy = restored(spec, checkpoint, options.ckpt)
+        policy = restored(spec, checkpoint, str(ckpt))
     fingerprint = policy.actor.fingerprint
     export_policy(
         merged(policy) if options.merge else policy,
@@ -72,8 +73,15 @@ def main(argv: list[str]) -> int:
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
     )
-    sys.stdout.write(f"Exported to {out}\n")
+    sys.stdout.write(f"Exported {ckpt} to {out}\n")
     return 0
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that a path names: itself, or the newest complete one below a folder."""
+    if not path.is_dir() or is_complete(path):
+        return path
+    return newest_checkpoint(path) or path
 
 
 def policy_spec(settings: Mapping[str, Any], where: str) -> PolicySpec:
@@ -184,7 +192,8 @@ def _parse(argv: list[str]) -> Namespace:
         "adapter) with tokenizer, chat template, generation config and a model card.",
     )
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="CKPT", help=".ckpt file or folder of a run")
+    add("--ckpt", "--ckpt_path", required=True, metavar="CKPT",
+        help="checkpoint of a run, or a folder: the newest one below it")  # fmt: skip
     add("--out", required=True, metavar="FOLDER", help="where to; must be empty or not exist")
     add("--overwrite", action="store_true", help="replace an earlier export there")
     add("--merge", action="store_true", help="fold LoRA adapters into the weights")

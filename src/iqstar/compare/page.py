@@ -165,7 +165,7 @@ def plot(comparison: Comparison, curves: Curves, folder: Path) -> list[Path]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(
-            "plots need matplotlib; install it with: pip install 'iqstar[compare]'"
+            "plots need the package matplotlib; install it with: pip install matplotlib"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
     files = []

@@ -110,7 +110,7 @@ def run(given: dict[str, Any]) -> None:
         from trl.experimental.sdft import SDFTConfig, SDFTTrainer
     except ImportError as error:
         raise InputError(
-            "the outside peer needs trl; install it with: pip install 'iqstar[compare]'"
+            "the outside peer needs the package trl; install it with: pip install trl==1.16.0"
         ) from error
     from datasets import Dataset
 

@@ -103,6 +103,6 @@ def _sklearn() -> Any:
     except ImportError as error:
         raise InputError(
             "training a harm judge needs the package scikit-learn; "
-            "install it with: pip install 'iqstar[judges]'"
+            "install it with: pip install scikit-learn"
         ) from error
     return sklearn

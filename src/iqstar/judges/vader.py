@@ -29,7 +29,7 @@ class VaderJudge(Judge):
         except ImportError as error:
             raise InputError(
                 "VaderJudge needs the package vaderSentiment; "
-                "install it with: pip install 'iqstar[judges]'"
+                "install it with: pip install vaderSentiment"
             ) from error
         self.version = version("vaderSentiment")
         self._analyzer: Any = SentimentIntensityAnalyzer()
