@@ -269,14 +269,6 @@ def readable_errors(
         raise Explainer(every, {**ROOTS, **classes}, keys).explain(error.message) from error
     except MisconfigurationException as error:
         raise InputError(f"trainer: {error}") from error
-    except ModuleNotFoundError as error:
-        found = re.match(r"Requirement '([^']+)' not met", str(error))  # Lightning's own words
-        if found is None:
-            raise
-        raise InputError(
-            f"a class in the settings, such as trainer.logger, needs the package {found[1]}; "
-            f"install it with: pip install '{found[1]}'"
-        ) from error
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
@@ -301,6 +293,11 @@ def _input_error(error: BaseException) -> InputError | None:
         return InputError(
             f"--ckpt_path: the checkpoint does not fit the model ({first}); give one of the same "
             "model.policy"
+        )
+    if missing := re.search(r"Requirement '([^']+)' not met", str(error)):  # Lightning's own words
+        return InputError(
+            f"a class in the settings, such as trainer.logger, needs the package {missing[1]}; "
+            f"install it with: pip install '{missing[1]}'"
         )
     if "closed by peer" in str(error) or "reset by peer" in str(error):
         return InputError("another process of this run stopped first; its own message says why")
