@@ -59,10 +59,10 @@ def measure(name: str, options: argparse.Namespace, seen: Path, unseen: Path) ->
             "--trainer.logger.name", name, "--ckpt_path", "last",
         )  # fmt: skip
     judges = runs / "judges.yaml"
+    harm = {"class_path": "iqstar.judges.HarmJudge", "init_args": {"path": f"{runs}/harm.npz"}}
     judges.write_text(
-        f"judges:\n  - class_path: iqstar.judges.HarmJudge\n    init_args: {{path: {runs}/harm.npz}}\n"
-        "  - class_path: iqstar.judges.RefusalJudge\n"
-    )
+        json.dumps({"judges": [harm, {"class_path": "iqstar.judges.RefusalJudge"}]})
+    )  # JSON is YAML
     iqstar(
         "eval", *settings, "--config", str(judges), "--data.path", str(unseen),
         "--data.val_prompts", "null", "--model.eval_samples", "1", "--output", str(out),
