@@ -109,11 +109,11 @@ def test_claims_are_medians_over_pairs_of_seeds_and_controls_stand_apart():
 
 def test_the_shipped_comparison_is_that_of_the_docs():
     whole = read_comparison(CONFIG)
-    assert len(list(sweep_runs(whole))) == 4 * 4
+    assert len(list(sweep_runs(whole))) == 6 * 4
     rates = dict.fromkeys(whole.families, 1e-5)
     runs = list(main_runs(whole, rates))
-    assert len(runs) == 5 * 3 + 5
-    assert {r.method.name for r in runs[:10]} == {m.name for m in whole.methods}
+    assert len(runs) == 5 * 3 + 6
+    assert {r.method.name for r in runs[:11]} == {m.name for m in whole.methods}
     assert len({run.name for run in runs}) == len(runs)
     ppo = next(r for r in runs if r.method.name == "ppo")
     assert ppo.steps(16) == 80

@@ -396,7 +396,7 @@ def edited(run: Run, folder: Path, **changes: Any) -> Path:
 
 def test_arguments(capsys, fails):
     message = error_of(capsys, "export")
-    assert message.startswith("the following arguments are required: --ckpt, --out")
+    assert message.startswith("the following arguments are required: --ckpt/--ckpt_path, --out")
     assert fails("--merg").startswith("--merg: unknown option; did you mean --merge?")
     assert fails("--dtype", "int8").startswith("--dtype: invalid choice: 'int8'")
     message = fails("--max_shard_size", "many")
