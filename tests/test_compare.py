@@ -112,7 +112,7 @@ def test_the_shipped_comparison_is_that_of_the_docs():
     assert len(list(sweep_runs(whole))) == 6 * 4
     rates = dict.fromkeys(whole.families, 1e-5)
     runs = list(main_runs(whole, rates))
-    assert len(runs) == 5 * 3 + 6
+    assert len(runs) == 6 * 3 + 5
     assert {r.method.name for r in runs[:11]} == {m.name for m in whole.methods}
     assert len({run.name for run in runs}) == len(runs)
     ppo = next(r for r in runs if r.method.name == "ppo")
