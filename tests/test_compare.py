@@ -109,12 +109,14 @@ def test_claims_are_medians_over_pairs_of_seeds_and_controls_stand_apart():
 
 def test_the_shipped_comparison_is_that_of_the_docs():
     whole = read_comparison(CONFIG)
-    assert len(list(sweep_runs(whole))) == 6 * 4
+    assert len(list(sweep_runs(whole))) == 5 * 4  # of GRPO none
     rates = dict.fromkeys(whole.families, 1e-5)
     runs = list(main_runs(whole, rates))
     assert len(runs) == 6 * 3 + 5
     assert {r.method.name for r in runs[:11]} == {m.name for m in whole.methods}
     assert len({run.name for run in runs}) == len(runs)
+    known = list(main_runs(whole, {"sdft": 1e-5}))  # while the other sweeps are going on
+    assert {run.method.name for run in known} == {"trl-sdft"}
     ppo = next(r for r in runs if r.method.name == "ppo")
     assert ppo.steps(16) == 80
     fast = read_comparison(CONFIG, fast=True)
@@ -297,6 +299,7 @@ def test_a_small_comparison_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     report = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| dpo |" in report
     assert "| null (control) |" in report
+    assert "| dpo | not swept | 1e-05 |" in report
     assert "Not done, or diverged: none." in report
     assert (tmp_path / "out" / "results" / "responses.svg").read_text().startswith("<?xml")
     (null,) = (p for p in (tmp_path / "out").glob("null-*-8"))

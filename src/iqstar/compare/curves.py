@@ -71,8 +71,8 @@ class Choice:
 
     Args:
         rate: The one whose run ended with the highest score.
-        scores: Of all rates, at the end of their runs.
-        at_edge: Whether it is the lowest or the highest that was tried.
+        scores: Of all rates, at the end of their runs; none where there is only one.
+        at_edge: Whether it is the lowest or the highest of several.
     """
 
     rate: float
@@ -94,24 +94,22 @@ def choose(family: Family, scores: Mapping[float, float]) -> Choice:
 
 
 def choices(comparison: Comparison, folder: Path) -> dict[str, Choice]:
-    """The choice of every family whose sweep is complete."""
+    """The choice of every family that has one rate, or whose sweep is complete."""
     found: dict[str, dict[float, float]] = {}
     for run in sweep_runs(comparison):
         if (curve := read_curve(folder / run.name)) is not None:
             score = curve[-1].score if curve else math.nan
             found.setdefault(run.method.family, {})[run.rate] = score
     return {
-        name: choose(family, found[name])
+        name: choose(family, found.get(name, {}))
         for name, family in comparison.families.items()
-        if len(found.get(name, {})) == len(set(family.rates))
+        if len(found.get(name, {})) == len(set(family.rates)) or len(set(family.rates)) == 1
     }
 
 
 def finished(comparison: Comparison, folder: Path) -> dict[str, dict[int, Curve]]:
-    """The curves of the runs that are compared, by method and seed."""
+    """The curves of the runs that are compared, by method and seed; of families with a rate."""
     rates = {name: choice.rate for name, choice in choices(comparison, folder).items()}
-    if rates.keys() != comparison.families.keys():
-        return {}
     curves: dict[str, dict[int, Curve]] = {}
     for run in main_runs(comparison, rates):
         if curve := read_curve(folder / run.name):

@@ -65,7 +65,8 @@ def markdown(comparison: Comparison, curves: Curves, chosen: Mapping[str, Choice
     lines += ["", "Learning rates (score at the end of each sweep):", ""]
     lines += ["| family | " + "rates and scores | chosen |", "|---|---|---|"]
     for name, choice in chosen.items():
-        tried = ", ".join(f"{rate:g}: {_number(s)}" for rate, s in sorted(choice.scores.items()))
+        scores = sorted(choice.scores.items())
+        tried = ", ".join(f"{rate:g}: {_number(score)}" for rate, score in scores) or "not swept"
         edge = ", at the edge of the sweep" if choice.at_edge else ""
         lines.append(f"| {name} | {tried} | {choice.rate:g}{edge} |")
     missing = [

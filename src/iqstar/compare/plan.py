@@ -118,8 +118,13 @@ class Run:
 
 
 def sweep_runs(comparison: Comparison) -> Iterator[Run]:
-    """The runs that look for each family's learning rate, by the score at their end."""
+    """The runs that look for each family's learning rate, by the score at their end.
+
+    A family with one rate needs none.
+    """
     for family in comparison.families.values():
+        if len(set(family.rates)) == 1:
+            continue
         method = comparison.method(family.sweep)
         for rate in family.rates:
             yield Run(
@@ -136,11 +141,11 @@ def main_runs(comparison: Comparison, rates: Mapping[str, float]) -> Iterator[Ru
 
     Args:
         comparison: What to run.
-        rates: The chosen learning rate of each family.
+        rates: The chosen learning rate of each family; methods of others are left out.
     """
     for number in range(max(len(method.seeds) for method in comparison.methods)):
         for method in comparison.methods:
-            if number < len(method.seeds):
+            if number < len(method.seeds) and method.family in rates:
                 yield Run(
                     method=method,
                     rate=rates[method.family],
