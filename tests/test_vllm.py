@@ -334,7 +334,7 @@ def test_a_prompt_that_is_too_long_for_the_server_is_an_error(tiny, server):
 
 def test_without_vllm_and_without_a_server_there_is_a_remedy(tiny, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)  # as if it were not installed
-    with pytest.raises(InputError, match=r"init_args\.url: .*pip install 'iqstar\[vllm\]'"):
+    with pytest.raises(InputError, match=r"init_args\.url: .*pip install vllm"):
         VLLMRollout(url=None).connect(load(tiny))
 
 
