@@ -90,7 +90,7 @@ def choose(family: Family, scores: Mapping[float, float]) -> Choice:
     known = {rate: s for rate, s in scores.items() if not math.isnan(s)}
     rate = max(known, key=lambda r: known[r]) if known else family.rates[0]
     ends = (family.rates[0], family.rates[-1])
-    return Choice(rate=rate, scores=scores, at_edge=len(family.rates) > 1 and rate in ends)
+    return Choice(rate=rate, scores=scores, at_edge=family.swept and rate in ends)
 
 
 def choices(comparison: Comparison, folder: Path) -> dict[str, Choice]:
@@ -103,7 +103,7 @@ def choices(comparison: Comparison, folder: Path) -> dict[str, Choice]:
     return {
         name: choose(family, found.get(name, {}))
         for name, family in comparison.families.items()
-        if len(found.get(name, {})) == len(set(family.rates)) or len(set(family.rates)) == 1
+        if not family.swept or len(found.get(name, {})) == len(set(family.rates))
     }
 
 

@@ -54,6 +54,11 @@ class Family:
     rates: tuple[float, ...]
     sweep: str
 
+    @property
+    def swept(self) -> bool:
+        """Whether there are several rates to choose from."""
+        return len(set(self.rates)) > 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -123,7 +128,7 @@ def sweep_runs(comparison: Comparison) -> Iterator[Run]:
     A family with one rate needs none.
     """
     for family in comparison.families.values():
-        if len(set(family.rates)) == 1:
+        if not family.swept:
             continue
         method = comparison.method(family.sweep)
         for rate in family.rates:
