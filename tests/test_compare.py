@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from iqstar.cli import main
+from iqstar.commands import compare
 from iqstar.compare.curves import (
     Point,
     best,
@@ -252,6 +254,26 @@ def test_wrong_settings_of_a_method_are_told_before_anything_runs(tiny, tmp_path
     assert "methods.placebo: " in err
     assert "estimatr" in err
     assert not list((tmp_path / "out").rglob("summary.json"))
+
+
+@pytest.mark.parametrize(
+    ("package", "remedy"),
+    [
+        ("trl", "methods.trl-sdft: trl-sdft needs the package trl; install it with: pip install "
+                "trl==1.16.0"),
+        ("matplotlib", "drawing plots needs the package matplotlib; install it with: pip install "
+                       "matplotlib"),
+    ],
+)  # fmt: skip
+def test_a_package_that_is_missing_is_told_before_anything_runs(
+    tiny, tmp_path, monkeypatch, package, remedy
+):
+    found = compare.find_spec
+    monkeypatch.setattr(compare, "find_spec", lambda n: None if n == package else found(n))
+    comparison = read_comparison(small(tmp_path, tiny, **{"trl-sdft": {}}))
+    with pytest.raises(InputError, match=re.escape(remedy)):
+        compare.make(comparison, tmp_path / "out", deadline=None)
+    assert not list(tmp_path.rglob("summary.json"))
 
 
 def small(tmp_path, tiny, **methods):

@@ -13,5 +13,19 @@ class NonFiniteLossError(InputError):
     """The loss became NaN or infinite; training stopped before the weights were touched."""
 
 
+def missing_packages(what: str, *requirements: str, options: str = "") -> InputError:
+    """The error for an optional package that is not installed.
+
+    Args:
+        what: Who needs it, perhaps after a YAML key.
+        requirements: As pip takes them, such as ``trl==1.16.0``.
+        options: Of ``pip install``, such as ``--no-deps``.
+    """
+    names = " and ".join(requirement.partition("==")[0] for requirement in requirements)
+    noun, them = ("package", "it") if len(requirements) == 1 else ("packages", "them")
+    command = " ".join(["pip install", *options.split(), *requirements])
+    return InputError(f"{what} needs the {noun} {names}; install {them} with: {command}")
+
+
 class PreemptedError(RuntimeError):
     """A signal asked the run to stop, and it has saved: neither a success nor an error."""

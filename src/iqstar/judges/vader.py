@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from iqstar.errors import InputError
+from iqstar.errors import missing_packages
 from iqstar.judges.base import Judge, check_pairs
 from iqstar.mdp import Prompt
 
@@ -27,10 +27,7 @@ class VaderJudge(Judge):
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError as error:
-            raise InputError(
-                "VaderJudge needs the package vaderSentiment; "
-                "install it with: pip install vaderSentiment"
-            ) from error
+            raise missing_packages("VaderJudge", "vaderSentiment") from error
         self.version = version("vaderSentiment")
         self._analyzer: Any = SentimentIntensityAnalyzer()
 
