@@ -519,12 +519,22 @@ def test_dpo_teaches_no_end_of_turn_after_a_reply_that_was_cut(tiny, whole):
     assert micro.rollout.truncated.tolist() == [not whole, not whole]
 
 
+def test_a_rollout_that_is_left_out_whole_moves_no_price(tiny):
+    """Nothing was measured: that is no KL of 0."""
+    module = attach(build(PPO, tiny, kl=AdaptiveKL(horizon=1), mask_truncated=True))
+    parts = module.collect(PROMPTS, seed=0)
+    assert not any(len(part.tokens) for part in parts)
+    assert module.kl.coefficient == 0.05
+
+
 def test_dpo_needs_pairs(tiny):
     with pytest.raises(InputError, match=r"'Hi' has none; use a data module of pairs"):
         fit(build(DPO, tiny), PROMPTS, max_steps=1)
 
 
-@pytest.mark.parametrize("values", [{"coefficient": -1.0}, {"target": 0.0}, {"horizon": 0}])
+@pytest.mark.parametrize(
+    "values", [{"coefficient": -1.0}, {"coefficient": 0.0}, {"target": 0.0}, {"horizon": 0}]
+)
 def test_a_senseless_price_is_refused(values):
     with pytest.raises(InputError, match=rf"model\.kl\.{next(iter(values))}"):
         AdaptiveKL(**values)

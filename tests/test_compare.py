@@ -26,6 +26,7 @@ from iqstar.compare.curves import (
     read_curve,
     responses_to_reach,
 )
+from iqstar.compare.kept import check_same, keep
 from iqstar.compare.page import against, claims
 from iqstar.compare.plan import Family, main_runs, merged, read_comparison, sweep_runs
 from iqstar.compare.runner import execute, settings_of
@@ -106,6 +107,18 @@ def test_claims_are_medians_over_pairs_of_seeds_and_controls_stand_apart():
     assert "| null |" not in text.partition("| control |")[0]
 
 
+def test_a_run_that_was_never_better_than_at_its_start_is_no_mark():
+    """Else whoever it is compared with would never get to where it began."""
+    whole = read_comparison(CONFIG)
+    fallen = curve(0.1, 0.0, -0.1)
+    curves = {"ppo": {0: fallen}, "contrastive": {0: curve(0.0, 0.4)}}
+    assert "| ppo |" not in claims(whole, curves).partition("| contrastive |")[0]
+    curves["ppo"][1] = curve(0.0, 0.2)
+    row = next(line for line in claims(whole, curves).splitlines() if line.startswith("| ppo |"))
+    assert row.startswith("| ppo | 0.200 | contrastive | 0.50 |")
+    assert row.endswith("| 1 of 1 |")
+
+
 # -- the YAML ------------------------------------------------------------------------------------
 
 
@@ -163,6 +176,7 @@ def test_merging_goes_level_by_level():
         ({"methods": {"ppo": None}}, r"methods\.ppo: must be a mapping"),
         ({"methods": {"new": {"family": "ppo"}}}, r"methods\.new\.settings is missing"),
         ({"families": {"new": {"sweep": "ppo"}}}, r"families\.new\.rates is missing"),
+        ({"families": {"ppo": {"sweep": "null"}}}, r"ppo\.sweep: null is of the family imitation"),
         ({"families": {"ppo": {"rates": "high"}}}, r"families\.ppo\.rates: needs a list"),
         ({"methods": {"ppo": {"steps_per_rollout": 0}}}, r"methods\.ppo\.steps_per_rollout"),
         ({"methods": {"ppo": {"sedes": [1]}}}, r"methods\.ppo: unknown key sedes"),
@@ -256,6 +270,39 @@ def test_wrong_settings_of_a_method_are_told_before_anything_runs(tiny, tmp_path
     assert not list((tmp_path / "out").rglob("summary.json"))
 
 
+def test_a_mended_typo_needs_nothing_deleted(tiny, tmp_path, monkeypatch):
+    """What never ran is no run with other settings."""
+    started = []
+    monkeypatch.setattr(compare, "execute", lambda runs, *_: started.extend(runs))
+    wrong = {"settings": {"model": {"init_args": {"estimatr": 3}}}}
+    whole = read_comparison(small(tmp_path, tiny, contrastive=wrong))
+    with pytest.raises(InputError, match="estimatr"):
+        compare.make(whole, tmp_path / "out", deadline=None)
+    right = read_comparison(small(tmp_path, tiny, contrastive={}))
+    compare.make(right, tmp_path / "out", deadline=None)
+    assert started
+
+
+def test_settings_that_were_kept(tmp_path):
+    """Null is not the same as a default; a folder may be moved; the message says what to delete."""
+    file = tmp_path / "run.yaml"
+    check_same(file, {"a": 1}, made="it")  # nothing is kept yet
+    keep(file, {"a": 1, "trainer": {"logger": {"save_dir": "here"}}})
+    check_same(file, {"a": 1, "trainer": {"logger": {"save_dir": "there"}}}, made="it")
+    with pytest.raises(InputError, match=r"\(clip: not given, now null\); delete all of it, or"):
+        check_same(file, {"a": 1, "clip": None}, made="all of it")
+    with pytest.raises(InputError, match=r"\(a: 1, now 2\)"):
+        check_same(file, {"a": 2}, made="it")
+
+
+@pytest.mark.parametrize("option", ["results", "results.html"])
+def test_a_report_is_markdown(tmp_path, capsys, option):
+    code, err = run_cli(capsys, "compare", "--config", CONFIG, "--report", option, "--output",
+                        tmp_path)  # fmt: skip
+    assert code == 2
+    assert f"--report: must end in .md, got {option}" in err
+
+
 @pytest.mark.parametrize(
     ("package", "remedy"),
     [
@@ -339,6 +386,15 @@ def test_a_small_comparison_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     again, err = run_cli(capsys, *arguments)
     assert again == 0
     assert "1/" not in err
+    Path("out").rename("moved")
+    for name in ("null", "dpo"):  # as if never made: they are made where the folder is now
+        (folder,) = Path("moved").glob(f"{name}-*-8")
+        (folder / "summary.json").unlink()
+    elsewhere, err = run_cli(capsys, *arguments[:-1], tmp_path / "moved")
+    assert elsewhere == 0, err
+    assert "2/2" in err
+    assert not Path("out").exists()
+    Path("moved").rename("out")
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     content["common"]["model"]["init_args"]["eval_samples"] = 3
     file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -359,6 +415,22 @@ def test_the_peer_is_measured_as_all_others_are(tiny, tmp_path, monkeypatch, cap
     assert curves["trl-sdft"][0] == curves["null"][0]
     assert curves["trl-sdft"][-1].responses == 8
     assert curves["trl-sdft"][-1].kl > 0
+
+
+def test_a_peer_that_diverges_is_finished(tiny, tmp_path, monkeypatch, capsys):
+    """The comparison goes on without it, as with a run of ours."""
+    pytest.importorskip("trl")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    file = small(tmp_path, tiny, **{"trl-sdft": {}})
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content["families"]["sdft"]["rates"] = [1.0e38]
+    file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    code, err = run_cli(capsys, "compare", "--config", str(file), "--output", "out")
+    assert code == 0, err
+    assert "a weight is not finite after step" in err
+    report = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert "Not done, or diverged: trl-sdft (seed 0)." in report
 
 
 @pytest.mark.slow

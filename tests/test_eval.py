@@ -32,6 +32,7 @@ from iqstar.report.page import page
 from iqstar.report.scores import Scores, distinct_judges, score_pairs
 from iqstar.report.tables import SafetyRow, outcomes, safety_table
 from iqstar.rollouts import GenerateRollout
+from tiny import CHAT_TEMPLATE
 
 NAN = float("nan")
 EVIL = "</td><script>alert('x')</script><img src=http://evil.example/a.png> [bold]"
@@ -540,6 +541,17 @@ def test_responses_are_used_again(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "load_sides", load)
     assert evaluate(file, out, "--overwrite")["judges"] == first["judges"]
     assert evaluate(file, out, "--overwrite", "--limit", "2")["prompts"] == 2
+
+
+def test_a_template_that_was_edited_is_another_setting(config, tmp_path, capsys):
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    with_file = changed(config, "model.init_args.policy.chat_template", str(template))
+    file, out = write_config(tmp_path, with_file), tmp_path / "out"
+    evaluate(file, out)
+    template.write_text("Hello! " + CHAT_TEMPLATE)
+    argv = ("eval", "--config", str(file), "--output", str(out))
+    assert "(files of model.policy.chat_template)" in error_of(capsys, *argv)
 
 
 def test_judge_that_stops_the_process_loses_no_response(config, tmp_path, monkeypatch):

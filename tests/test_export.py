@@ -17,7 +17,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from cli_tools import changed, error_of, tiny_config, write_config
+from cli_tools import REMOVED, changed, error_of, tiny_config, write_config
 from fitting import contrast, make_module, make_trainer
 from iqstar.adapters import LoRASpec
 from iqstar.card import DEFAULT_LOSS, RunRecord, _described, model_card
@@ -119,6 +119,24 @@ def test_full_model(full, tiny, tmp_path, how):
     assert "attn_implementation" not in (folder / "config.json").read_text()
     assert not list(folder.parent.glob("*.part"))
     assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # readable as any other file
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "model__class_path": "iqstar.baselines.PPO",
+            "model__init_args__estimator": REMOVED,
+            "model__init_args__reward": {"class_path": "judging.Vowels"},
+        },
+        {"model__init_args__refresh": {"class_path": "iqstar.refresh.EMARefresh"}},
+    ],
+    ids=["value head", "moving reference"],
+)
+def test_checkpoint_with_more_than_the_policy(tmp_path, tiny, changes):
+    run = fit(tmp_path / "run", tiny, **changes)
+    folder = export(run, tmp_path / "out")
+    assert same(logits_of(AutoModelForCausalLM.from_pretrained(folder)), run.logits)
 
 
 @pytest.mark.parametrize("how", ["at the end", "from the checkpoint"])

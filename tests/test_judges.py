@@ -14,7 +14,7 @@ from cli_tools import changed, tiny_config, write_config
 from iqstar.cli import main
 from iqstar.errors import InputError
 from iqstar.judges import Judge, RefusalJudge, VaderJudge, is_refusal, scores_of
-from iqstar.judges.base import warn_once
+from iqstar.judges.base import tell_of_gaps, warn_once
 from iqstar.mdp import Message, Prompt
 
 PROMPT = Prompt(messages=(Message(role="user", content="This is terrible, awful and bad."),))
@@ -106,6 +106,11 @@ def test_a_judge_that_fails_leaves_gaps(fresh, caplog, given, wanted, reason):
     if reason:
         assert "The judge told" in caplog.text
         assert reason in caplog.text
+
+
+def test_a_gap_names_the_curve_that_shows_it(fresh, caplog):
+    tell_of_gaps(Told(), [math.nan], None, "reward_missing")
+    assert "and reward_missing is their share" in caplog.text
 
 
 def test_a_judge_that_is_set_up_wrongly_stops_a_run():

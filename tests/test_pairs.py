@@ -48,6 +48,31 @@ def test_hh_pairs_are_the_final_replies(tmp_path):
     }
 
 
+def test_pairs_of_later_turns_are_none_after_the_first(tmp_path):
+    """A conversation that is cut loses its pair, and hides no other one's."""
+    longer = dialogue("a", "hm") + dialogue("why?", "")
+    rows = [
+        {"chosen": longer + "because", "rejected": longer + "so"},
+        {"chosen": dialogue("a", "yes"), "rejected": dialogue("a", "no")},
+    ]
+    data = HHPairs(path=write(tmp_path / "hh.jsonl", rows), val_prompts=None, first_turn_only=True)
+    assert pairs_of(data) == {"a": ("yes", "no")}
+    assert data.report.skipped == {"pair of a later turn": 1}
+
+
+def test_heldout_rows_keep_the_response_of_the_data_set(tmp_path):
+    """Judges that compare with it need it."""
+    pairs = [{"prompt": p, "chosen": "yes", "rejected": "no"} for p in "abcd"]
+    heldout = [{"messages": [{"role": "user", "content": "e"}], "response": "hello"}]
+    data = JSONLPairs(
+        path=write(tmp_path / "pairs.jsonl", pairs),
+        heldout_path=write(tmp_path / "heldout.jsonl", heldout),
+        val_prompts=None,
+    )
+    data.setup()
+    assert [p.response for p in data.heldout_prompts] == ["hello"]
+
+
 def test_beavertails_pairs_a_safe_answer_with_an_unsafe_one(tmp_path):
     def row(prompt, response, safe):
         return {"prompt": prompt, "response": response, "is_safe": safe}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from iqstar import __version__
-from iqstar.errors import InputError, NonFiniteLossError, PreemptedError
+from iqstar.errors import InputError, PreemptedError, fail
 
 TRAINING = {
     "fit": "align a model",
@@ -73,10 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
-    except NonFiniteLossError as error:
-        return _fail(error, 3)
     except InputError as error:
-        return _fail(error, 2)
+        return fail(error)
     except SystemExit as stop:  # after --help or --print_config
         return int(stop.code or 0)
     except PreemptedError as stop:
@@ -120,12 +118,6 @@ def _run(arguments: list[str]) -> int:
 
     run_training(command, rest)
     return 0
-
-
-def _fail(error: InputError, code: int) -> int:
-    message = " ".join(str(error).split())
-    sys.stderr.write(f"iqstar: error: {message}\n")
-    return code
 
 
 def _prepare_process() -> None:

@@ -1,5 +1,10 @@
 """The one error type a user sees: what is wrong, where, and what to do about it."""
 
+import sys
+
+NON_FINITE = 3
+"""Exit code of a run whose loss became NaN or infinite."""
+
 
 class InputError(ValueError):
     """Bad input: a file, a flag, a YAML key or a model that cannot be used as given.
@@ -25,6 +30,16 @@ def missing_packages(what: str, *requirements: str, options: str = "") -> InputE
     noun, them = ("package", "it") if len(requirements) == 1 else ("packages", "them")
     command = " ".join(["pip install", *options.split(), *requirements])
     return InputError(f"{what} needs the {noun} {names}; install {them} with: {command}")
+
+
+def fail(error: InputError) -> int:
+    """Tells the user on one line.
+
+    Returns:
+        The exit code: 3 where the loss was not finite, 2 otherwise.
+    """
+    sys.stderr.write(f"iqstar: error: {' '.join(str(error).split())}\n")
+    return NON_FINITE if isinstance(error, NonFiniteLossError) else 2
 
 
 class PreemptedError(RuntimeError):

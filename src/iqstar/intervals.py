@@ -9,6 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+LEVEL = 0.95
+"""Share of the resamples inside of an interval."""
+RESAMPLES = 1000
+"""How often units are drawn anew, with replacement."""
+SEED = 0
+"""Of the drawing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
@@ -33,10 +40,6 @@ class Interval:
 def bootstrap(
     statistic: Callable[[NDArray[np.intp]], float],
     units: Sequence[Hashable],
-    *,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
 ) -> Interval:
     """A percentile bootstrap over units, whose rows are drawn together (Efron & Tibshirani 1993).
 
@@ -47,9 +50,6 @@ def bootstrap(
     Args:
         statistic: The figure of some rows, given their indices, which may repeat.
         units: The unit (the prompt) of every row.
-        level: Share of the resamples inside of the interval.
-        resamples: How often units are drawn anew, with replacement.
-        seed: Of the drawing.
     """
     if not units:
         return Interval(value=math.nan, low=math.nan, high=math.nan)
@@ -58,29 +58,26 @@ def bootstrap(
         rows.setdefault(unit, []).append(row)
     groups = [np.array(group, dtype=np.intp) for group in rows.values()]
     value = float(statistic(np.arange(len(units), dtype=np.intp)))
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(SEED)
     found = [
         float(statistic(np.concatenate([groups[i] for i in drawn])))
-        for drawn in random.integers(len(groups), size=(resamples, len(groups)))
+        for drawn in random.integers(len(groups), size=(RESAMPLES, len(groups)))
     ]
     finite = [figure for figure in found if not math.isnan(figure)]
     if not finite:
         return Interval(value=value, low=math.nan, high=math.nan)
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(finite, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value=value, low=float(low), high=float(high))
 
 
-def mean_interval(
-    values: Sequence[float], units: Sequence[Hashable] | None = None, **options: float
-) -> Interval:
+def mean_interval(values: Sequence[float], units: Sequence[Hashable] | None = None) -> Interval:
     """The mean of all values that are not NaN, with its interval.
 
     Args:
         values: One for each row.
         units: As for :func:`bootstrap`; every row is its own unit by default.
-        options: Those of :func:`bootstrap`.
     """
     kept = [i for i, value in enumerate(values) if not math.isnan(value)]
     array = np.array([values[i] for i in kept])
     names = [i if units is None else units[i] for i in kept]
-    return bootstrap(lambda rows: float(array[rows].mean()), names, **options)  # type: ignore[arg-type]
+    return bootstrap(lambda rows: float(array[rows].mean()), names)

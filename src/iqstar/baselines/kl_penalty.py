@@ -55,7 +55,7 @@ class AdaptiveKL(KLPenalty):
 
     def __init__(self, target: float = 0.1, coefficient: float = 0.05, horizon: int = 1000) -> None:
         _check(coefficient=coefficient, target=target, horizon=horizon)
-        for name, value in (("target", target), ("horizon", horizon)):
+        for name, value in (("target", target), ("coefficient", coefficient), ("horizon", horizon)):
             if value == 0:
                 raise InputError(f"{KEY}.{name}: must be positive; use FixedKL for a fixed price")
         self.coefficient = coefficient

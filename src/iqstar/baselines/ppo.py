@@ -157,7 +157,8 @@ class PPO(RewardedModule):
         ratios = torch.cat([p.tokens.behaviour - p.tokens.reference for p in parts])  # type: ignore[operator]
         own = [ratios.sum().item(), len(ratios), sum(len(part.rollout) for part in parts)]
         sums = global_sum(torch.tensor(own, dtype=torch.float64, device=ratios.device)).tolist()
-        self.kl.update(sums[0] / max(sums[1], 1), int(sums[2]))
+        if sums[1]:  # responses that were all left out measure nothing
+            self.kl.update(sums[0] / sums[1], int(sums[2]))
 
     def blank(self, micro: MicroBatch) -> MicroBatch:
         """See :meth:`RewardedModule.blank`."""

@@ -105,7 +105,7 @@ class RewardedModule(AlignmentModule):
         except InputError as error:
             found, failure = [math.nan] * len(rows), error
         self._check_judge(found, failure)
-        tell_of_gaps(self.reward, found, failure)
+        tell_of_gaps(self.reward, found, failure, "reward_missing")
         scores = [math.nan] * len(rollout)
         for row, score in zip(rows, found, strict=True):
             scores[row] = score

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from iqstar.commands.options import OptionParser
 from iqstar.compare import curves as results
-from iqstar.compare.kept import SETTINGS, keep
+from iqstar.compare.kept import SETTINGS, WRITTEN_TO, check_same, keep
 from iqstar.compare.page import claims, markdown, plot
-from iqstar.compare.pairs import write_pairs
+from iqstar.compare.pairs import PAIR_FILES, write_pairs
 from iqstar.compare.plan import (
     SDFT,
     TRL,
@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
     output: Path = options.output or Path("runs") / name
     if options.minutes is not None and options.minutes <= 0:
         raise InputError(f"--minutes: must be positive, got {options.minutes}")
-    output.mkdir(parents=True, exist_ok=True)
+    if options.report is not None and options.report.suffix != ".md":
+        raise InputError(f"--report: must end in .md, got {options.report}")
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     done = not options.report_only and make(comparison, output, deadline)
     report = options.report or output / "results.md"
@@ -94,16 +95,20 @@ def make(comparison: Comparison, output: Path, deadline: float | None) -> bool:
     Raises:
         InputError: If settings are wrong, those of a finished run are others, or a run fails.
     """
+    output.mkdir(parents=True, exist_ok=True)
     pairs = output / "pairs.jsonl"
 
     def remaining(runs: Iterable[Run]) -> list[Run]:
         found = list(runs)
         for run in found:
-            description = description_of(run, comparison, output, pairs)
-            keep(output / run.name / SETTINGS, description)
+            folder = output / run.name
+            places = (*WRITTEN_TO, *PAIR_FILES) if run.method.pairs else WRITTEN_TO
+            now = description_of(run, comparison, output, pairs)
+            check_same(folder / SETTINGS, now, str(folder), places)
         return results.pending(found, output)
 
     def command(run: Run) -> list[str]:
+        keep(output / run.name / SETTINGS, description_of(run, comparison, output, pairs))
         return command_of(run, output)
 
     if find_spec("matplotlib") is None:
@@ -134,18 +139,19 @@ def _check(method: Method, comparison: Comparison, output: Path) -> None:
 
 
 def _make_pairs(comparison: Comparison, output: Path, pairs: Path) -> None:
-    needed = max((m.responses for m in comparison.methods if m.pairs), default=0)
-    if not needed:
+    methods = [method for method in comparison.methods if method.pairs]
+    if not methods:
         return
-    seed = comparison.sweep_seed
+    needed, seed = max(method.responses for method in methods), comparison.sweep_seed
     settings = {"common": dict(comparison.common), "responses": needed, "seed": seed}
-    if pairs.exists():
-        keep(pairs.with_suffix(".yaml"), settings)
+    file = pairs.with_suffix(".yaml")
+    if pairs.exists() and file.exists():
+        runs = ", ".join(str(output / f"{method.name}-*") for method in methods)
+        check_same(file, settings, f"{file} and what was trained on the pairs ({runs})")
         return
     setting = build(comparison.common, seed, output / "common.yaml")
     kept, dropped = write_pairs(setting, needed, pairs)
-    pairs.with_suffix(".yaml").unlink(missing_ok=True)
-    keep(pairs.with_suffix(".yaml"), settings)
+    keep(file, settings)  # last: where it is, all is done
     _say(f"{kept} pairs for DPO, {dropped} left out whose responses the judge ties")
 
 

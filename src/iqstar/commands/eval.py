@@ -211,6 +211,7 @@ def sampling_settings(cli: EvalCLI, source: PolicySource) -> dict[str, Any]:
     return {
         **{f"model.policy.{key}": value for key, value in spec.items()},
         "files of model.policy.model": stamp(module.spec.model),
+        "files of model.policy.chat_template": stamp(module.spec.chat_template),
         KEY: checkpoint,
         f"files of {KEY}": stamp(checkpoint),
         "--policy": source.model,

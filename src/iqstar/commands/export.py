@@ -138,9 +138,20 @@ def restored(spec: PolicySpec, checkpoint: Mapping[str, Any], where: str) -> Pol
         )
     if spec.lora is not None:
         actor.model = with_adapters(actor.model, spec.lora)
-    names = checkpoint["state_dict"].items()
-    load_weights(actor.model, {n.removeprefix(PREFIX): w for n, w in names}, where)
+    load_weights(actor.model, of_policy(checkpoint["state_dict"]), where)
     return Policy(actor=actor, frozen=None, spec=spec)
+
+
+def of_policy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's weights of the policy; it may hold others, such as PPO's value head.
+
+    Args:
+        weights: By their names in the module.
+
+    Returns:
+        By their names in the policy's model.
+    """
+    return {n.removeprefix(PREFIX): w for n, w in weights.items() if n.startswith(PREFIX)}
 
 
 def load_weights(

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning import Trainer
 
 from iqstar.alignment import AlignmentModule
-from iqstar.commands.export import PREFIX, load_weights, read_trained
+from iqstar.commands.export import load_weights, of_policy, read_trained
 from iqstar.loading import load_frozen, load_policy, load_reference
 from iqstar.policy import Policy
 from iqstar.pretrained import quiet_transformers
@@ -79,9 +79,4 @@ def _restore(policy: Policy, path: Path) -> None:
     saved = checkpoint["iqstar"].get("frozen", {}).get("reference")
     if saved is not None:
         check_same_frozen({"reference": saved}, {"reference": policy.actor.fingerprint})
-    weights = {
-        name.removeprefix(PREFIX): weight
-        for name, weight in checkpoint["state_dict"].items()
-        if name.startswith(PREFIX)
-    }
-    load_weights(policy.actor.model, weights, str(path), KEY)
+    load_weights(policy.actor.model, of_policy(checkpoint["state_dict"]), str(path), KEY)

@@ -124,7 +124,9 @@ def claims(comparison: Comparison, curves: Curves) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for theirs, ours in permutations(names, 2):
-        marks = list(curves[theirs].values())
+        marks = [curve for curve in curves[theirs].values() if gain(curve) > 0]
+        if not marks:
+            continue
         found = [against(o, t) for o, t in product(curves[ours].values(), marks)]
         cells = [theirs, _number(mean(best(curve).score for curve in marks)), ours]
         cells += [_never([f.responses for f in found]), _never([f.kl for f in found])]
@@ -142,7 +144,8 @@ def claims(comparison: Comparison, curves: Curves) -> str:
     lines += [
         "",
         "Medians over all pairs of a run of one and a run of the other, and their range. Whoever",
-        "never has that score counts as last; for the gain, pairs that have that KL count.",
+        "never has that score counts as last; for the gain, pairs that have that KL count. A run",
+        "that was never better than before its training is no mark for others.",
     ]
     return "\n".join(lines) + "\n"
 

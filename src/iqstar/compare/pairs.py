@@ -20,6 +20,8 @@ AT_ONCE = 32
 """Prompts answered together."""
 HELDOUT = "heldout.jsonl"
 """Beside the pairs: the prompts of all evaluations."""
+PAIR_FILES = ("data.init_args.path", "data.init_args.heldout_path")
+"""Settings of a method that trains on the pairs: where they are."""
 
 
 def write_pairs(setting: Setting, responses: int, path: Path) -> tuple[int, int]:
@@ -63,8 +65,8 @@ def write_pairs(setting: Setting, responses: int, path: Path) -> tuple[int, int]
                 rows.append(row)
     if not rows:
         raise InputError("budget: the judge tells no pair of responses apart; sample more")
-    _write(path.with_name(HELDOUT), [_asked(prompt) for prompt in setting.data.heldout_prompts])
-    _write(path, rows)  # last: where it is, all is done
+    _write(path.with_name(HELDOUT), [_heldout(prompt) for prompt in setting.data.heldout_prompts])
+    _write(path, rows)
     return len(rows), len(prompts) - len(rows)
 
 
@@ -83,6 +85,11 @@ def _pair(
 
 def _asked(prompt: Prompt) -> dict[str, Any]:
     return {"messages": prompt.turns}
+
+
+def _heldout(prompt: Prompt) -> dict[str, Any]:
+    """The prompt with the data set's own response, which some judges compare with."""
+    return _asked(prompt) | ({"response": prompt.response} if prompt.response else {})
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

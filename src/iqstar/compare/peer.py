@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from iqstar.compare.plan import TRL, merged
 from iqstar.compare.setting import Setting, build
-from iqstar.errors import missing_packages
+from iqstar.errors import InputError, NonFiniteLossError, fail, missing_packages
 from iqstar.evaluation import Evaluation, Sample, evaluation_metrics, sample_and_score
 from iqstar.loading import load_policy
 from iqstar.metrics import TokenMeans
@@ -60,8 +60,14 @@ class Evaluations(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        """Stops the clock, and evaluates where that is due."""
+        """Stops the clock, and evaluates where that is due.
+
+        Raises:
+            NonFiniteLossError: If a weight became NaN or infinite.
+        """
         self.seconds += time.perf_counter() - self._started
+        if not all(p.isfinite().all() for p in self.policy.actor.parameters()):
+            raise NonFiniteLossError(f"a weight is not finite after step {state.global_step}")
         if state.global_step % self.interval == 0 or state.global_step == state.max_steps:
             self._evaluate(state.global_step)
 
@@ -171,4 +177,7 @@ def run(given: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(yaml.safe_load(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    try:
+        run(yaml.safe_load(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    except InputError as error:
+        sys.exit(fail(error))

@@ -215,17 +215,22 @@ def _comparison(content: Mapping[str, Any]) -> Comparison:
         name: _family(name, _Keys(f"families.{name}", fields))
         for name, fields in _Keys("families", content["families"]).items()
     }
-    names = {method.name for method in methods}
-    for family in families.values():
-        if family.sweep not in names:
-            raise ValueError(f"families.{family.name}.sweep: no method is called {family.sweep}")
-        if not family.rates or family.rates[0] <= 0:
-            raise ValueError(f"families.{family.name}.rates: needs positive learning rates")
     for method in methods:
         if method.family not in families:
             raise ValueError(f"methods.{method.name}.family: no family is called {method.family}")
         if method.responses <= sweep:
             raise ValueError(f"methods.{method.name}: needs more responses than budget.sweep")
+    owners = {method.name: method.family for method in methods}
+    for family in families.values():
+        if family.sweep not in owners:
+            raise ValueError(f"families.{family.name}.sweep: no method is called {family.sweep}")
+        if (owner := owners[family.sweep]) != family.name:
+            raise ValueError(
+                f"families.{family.name}.sweep: {family.sweep} is of the family {owner}; name a "
+                f"method of {family.name}"
+            )
+        if not family.rates or family.rates[0] <= 0:
+            raise ValueError(f"families.{family.name}.rates: needs positive learning rates")
     return Comparison(
         common=_Keys("common", content["common"]),
         families=families,

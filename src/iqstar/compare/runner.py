@@ -14,11 +14,9 @@ from iqstar.atomic import remove
 from iqstar.compare.kept import SETTINGS
 from iqstar.compare.pairs import HELDOUT
 from iqstar.compare.plan import SDFT, Comparison, Run, merged
-from iqstar.errors import InputError
+from iqstar.errors import NON_FINITE, InputError
 from iqstar.summary import write_json
 
-NON_FINITE = 3
-"""Exit code of a run whose loss became NaN or infinite."""
 GRACE = 120.0
 """Seconds that a run is given to save itself at the end of the time."""
 

@@ -228,6 +228,9 @@ class PromptDataModule(LightningDataModule, ABC):
                 raise InputError(f"{row.place}: {error}") from error
             if self.first_turn_only:
                 kept = first_turn(prompt)
+                if prompt.rejected is not None and kept.rejected is None:
+                    counts["skipped: pair of a later turn"] += 1
+                    continue
                 counts["cut"] += len(kept.messages) < len(prompt.messages)
                 prompt = kept
             if prompt.messages in prompts:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from iqstar.data.beavertails import BeaverTails
 from iqstar.data.hh_rlhf import HHRLHF, parse_dialogue
-from iqstar.data.jsonl import JSONL, parse_messages
+from iqstar.data.jsonl import JSONL, parse_messages, parse_row
 from iqstar.data.reading import Row, find_files, read_file
 from iqstar.data.turns import RowError, UnusableRowError, make_prompt
 from iqstar.mdp import Message, Prompt
@@ -112,9 +112,9 @@ class JSONLPairs(JSONL):
         return (row for file in files for row in read_file(file))
 
     def parse(self, row: Mapping[str, Any]) -> Prompt:
-        """The prompt with both replies; of a row without, as ``heldout_path`` has, the prompt."""
+        """The prompt with both replies; a row without them, as in ``heldout_path``, as by JSONL."""
         if row.get("chosen") is None and row.get("rejected") is None:
-            return make_prompt(parse_messages(row))
+            return parse_row(row)
         replies = (_reply(row, side) for side in ("chosen", "rejected"))
         prompt = with_pair(make_prompt(parse_messages(row)), *replies)
         chosen, rejected = (_complete(row, side) for side in ("chosen", "rejected"))

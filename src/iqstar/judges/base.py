@@ -67,8 +67,17 @@ def scores_of(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str])
     return scores
 
 
-def tell_of_gaps(judge: Judge, scores: Sequence[float], failure: Exception | None) -> None:
-    """Warns once of responses without a score; arguments as :func:`asked` returns them."""
+def tell_of_gaps(
+    judge: Judge, scores: Sequence[float], failure: Exception | None, curve: str = "judge_missing"
+) -> None:
+    """Warns once of responses without a score.
+
+    Args:
+        judge: Who was asked.
+        scores: As :func:`asked` returns them.
+        failure: As :func:`asked` returns it.
+        curve: The one that shows the share of such responses.
+    """
     name = name_of(judge)
     if failure is not None:
         warn_once(
@@ -78,7 +87,7 @@ def tell_of_gaps(judge: Judge, scores: Sequence[float], failure: Exception | Non
     elif any(map(math.isnan, scores)):
         warn_once(
             f"The judge {name} left responses without a score; the mean is that of the others, "
-            "and judge_missing is their share"
+            f"and {curve} is their share"
         )
 
 

@@ -165,8 +165,8 @@ class RewardModelJudge(Judge):
 
     def _encode_pair(self, prompt: str, response: str) -> Row | None:
         added = self.tokenizer.num_special_tokens_to_add(pair=True)
-        if len(self._ids(response)) + added > self.max_length:
-            return None
+        if len(self._ids(response)) + added >= self.max_length:
+            return None  # no token of the prompt would be left
         limit = None if math.isinf(self.max_length) else int(self.max_length)
         cut = {"truncation": "only_first", "max_length": limit} if limit else {}
         return dict(self.tokenizer(prompt, response, **cut))

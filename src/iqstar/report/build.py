@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from iqstar.intervals import Interval, mean_interval
+from iqstar.intervals import LEVEL, RESAMPLES, SEED, Interval, mean_interval
 from iqstar.mdp import Message
 from iqstar.paired_responses import Pair
 from iqstar.report.measures import side_measures
@@ -50,7 +50,7 @@ def build_report(
         "prompts": len(set(units)),
         "responses": len(pairs),
         "tie_margin": margin,
-        "intervals": {"level": 0.95, "resamples": 1000, "seed": 0, "unit": "prompt"},
+        "intervals": {"level": LEVEL, "resamples": RESAMPLES, "seed": SEED, "unit": "prompt"},
         "sides": {
             side: {name: number(interval) for name, interval in measures.items()}
             for side, measures in measured.items()
