@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from iqstar.alignment import AlignmentModule
 from iqstar.errors import InputError
 from iqstar.evaluation import Evaluation
+from iqstar.run_folder import run_folder
 
 
 class SampleTable(Callback):
@@ -130,10 +131,3 @@ class PredictionWriter(BasePredictionWriter):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
             raise InputError(f"predictions: cannot write {path}: {error.strerror}") from error
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """The folder of a run: the logger's, or the trainer's root."""
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -1,7 +1,7 @@
 """The ``iqstar`` command: sub-commands, one clear message for bad input, exit codes.
 
 0 success · 1 a bug or an interruption · 2 bad input · 3 training stopped on a non-finite loss ·
-143 stopped by a signal, after saving.
+75 a comparison's time is over before it is done · 143 stopped by a signal, after saving.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from iqstar.pretrained import quiet_transformers, resolve_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 SHARD_SIZE = "5GB"
+CONFIGS = ("config.json", "adapter_config.json")
+"""One of them is in every exported folder."""
 """Largest file of weights, as transformers writes sizes."""
 
 
@@ -95,6 +97,16 @@ def check_shard_size(size: str, key: str) -> None:
     """Raises an InputError unless a size is written as transformers reads it."""
     if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", size, flags=re.IGNORECASE):
         raise InputError(f"{key}: {size!r} is no size; write it like 500MB or {SHARD_SIZE}")
+
+
+def check_replaceable(folder: Path, key: str, remedy: str) -> None:
+    """Raises an InputError where an export would replace something else than an earlier one."""
+    filled = folder.is_dir() and any(folder.iterdir())
+    if filled and not any((folder / name).is_file() for name in CONFIGS):
+        raise InputError(
+            f"{key}: {folder} holds something else than an exported model, which would be lost; "
+            f"{remedy}"
+        )
 
 
 def edit_json(file: Path, **values: Any) -> None:

@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from iqstar.alignment import AlignmentModule
 from iqstar.atomic import remove
-from iqstar.callbacks import run_folder
 from iqstar.card import RunRecord, model_card, settings_of
-from iqstar.export import SHARD_SIZE, Dtype, check_shard_size, export_policy
+from iqstar.export import SHARD_SIZE, Dtype, check_replaceable, check_shard_size, export_policy
+from iqstar.run_folder import run_folder
 from iqstar.sharding import full_state_dict, is_sharded
 
 FOLDER = "policy"
@@ -44,6 +44,16 @@ class Export(Callback):
         self.dtype = dtype
         self.max_shard_size = max_shard_size
         self._beside: dict[Path, int] = {}  # exported checkpoint → its step
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Looks before training where the model will go.
+
+        Raises:
+            InputError: If something else is there.
+        """
+        if self.at_end and stage == "fit":
+            folder = run_folder(trainer) / FOLDER
+            check_replaceable(folder, "export.at_end", "move it, or set trainer.default_root_dir")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

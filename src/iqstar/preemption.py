@@ -14,9 +14,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from iqstar.callbacks import run_folder
 from iqstar.errors import PreemptedError
 from iqstar.ranks import global_max
+from iqstar.run_folder import run_folder
 
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n))
 REPEATED = 5.0

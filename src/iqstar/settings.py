@@ -24,6 +24,8 @@ from iqstar.signatures import classes_in, hints, parameters, public_path, subcla
 WRAPPERS = ("class_path", "init_args", "dict_kwargs")
 CONFIG_FLAGS = ("--config", "-c")
 YAML_SUFFIXES = (".yaml", ".yml", ".json")
+DATA_KEYS = ("path", "heldout_path", "cache")
+"""Keys whose files hold data, however they end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,7 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
             continue
         path = tuple(flag.removeprefix("--").removesuffix("+").split("."))
         settings.append(Setting(path=path, value=value, place=""))
-        if value.endswith(YAML_SUFFIXES) and path[0] != "predictions" and path[-1] != "path":
+        if value.endswith(YAML_SUFFIXES) and path[-1] not in DATA_KEYS:
             if not Path(value).is_file():
                 raise InputError(f"{flag}: {value} does not exist or is not a file")
             settings += read_yaml(Path(value), path)

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from iqstar.alignment import AlignmentModule
 from iqstar.atomic import written_beside
-from iqstar.callbacks import run_folder
 from iqstar.evaluation import Evaluation
 from iqstar.export_callback import FOLDER, Export
+from iqstar.run_folder import run_folder
 
 ROWS = (
     ("judge", "judge score"),

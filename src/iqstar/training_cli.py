@@ -35,6 +35,7 @@ from iqstar.export_callback import Export
 from iqstar.precision import default_precision
 from iqstar.preemption import Preemption
 from iqstar.progress import ProgressBar, WeightsLine
+from iqstar.run_folder import SettingsFile, runs_folder
 from iqstar.settings import CONFIG_FLAGS, Explainer, Setting, read_settings
 from iqstar.strategies import NAMES as SHARDED
 from iqstar.strategies import ShardedStrategy
@@ -63,7 +64,7 @@ CLI_OPTIONS: dict[str, Any] = {
     "seed_everything_default": 0,
     "auto_configure_optimizers": False,
     "load_from_checkpoint_support": False,
-    "save_config_kwargs": {"overwrite": True},
+    "save_config_callback": SettingsFile,
     "trainer_defaults": {
         "max_steps": 100,
         "num_sanity_val_steps": -1,
@@ -96,7 +97,7 @@ def run_training(command: str, arguments: list[str]) -> None:
         def subcommands() -> dict[str, set[str]]:
             return {command: LightningCLI.subcommands()[command]}
 
-    with readable_errors(settings), less_chatter():
+    with readable_errors(settings, ("ckpt_path", "weights_only")), less_chatter():
         OneCommandCLI(
             args=[command, *arguments],
             parser_kwargs={
@@ -175,8 +176,7 @@ class IQStarCLI(LightningCLI):
 
         None if there is none, so that one command line can start a run and go on with it.
         """
-        logger = self.trainer.logger
-        folder = Path(getattr(logger, "root_dir", None) or self.trainer.default_root_dir)
+        folder = runs_folder(self.trainer.logger, self.trainer.default_root_dir)
         found = newest_checkpoint(folder)
         if found is None and subcommand != "fit":
             raise InputError(f"--ckpt_path last: there is no complete checkpoint below {folder}")
@@ -264,7 +264,7 @@ def readable_errors(
     except InputError:
         raise
     except ArgumentError as error:
-        keys = [*ROOTS, "seed_everything", "ckpt_path", "weights_only", "config", *options]
+        keys = [*ROOTS, "seed_everything", "config", *options]
         every = [*as_settings(default_model(settings)), *settings]
         raise Explainer(every, {**ROOTS, **classes}, keys).explain(error.message) from error
     except MisconfigurationException as error:

@@ -44,7 +44,7 @@ def parser() -> OptionParser:
     made.add_argument("--fast", action="store_true", help="the small version in the YAML")
     made.add_argument("--data", help="in place of common.data.init_args.path")
     made.add_argument("--report", type=Path, help="Markdown file; default: results.md in output")
-    made.add_argument("--report-only", action="store_true", help="run nothing")
+    made.add_argument("--report-only", "--report_only", action="store_true", help="run nothing")
     return made
 
 

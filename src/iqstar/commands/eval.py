@@ -18,6 +18,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
 from rich.console import Console
 from rich.progress import track
 
@@ -37,6 +38,7 @@ from iqstar.report.kept import keep_pairs, kept_pairs, prompts_sha256, stamp
 from iqstar.report.page import page
 from iqstar.report.scores import distinct_judges, score_pairs, write_scores
 from iqstar.report.terminal import print_report
+from iqstar.run_folder import runs_folder
 from iqstar.summary import write_json
 from iqstar.training_cli import CLI_OPTIONS, given_settings, readable_errors
 
@@ -59,7 +61,7 @@ One device is used. Further options:
   --safety_judge NAME    who gives it; the first judge that measures safety otherwise
 """
 OPTIONS = (
-    "policy", "judges", "limit", "output", "overwrite",
+    "ckpt_path", "policy", "judges", "limit", "output", "overwrite",
     "tie_margin", "safe_threshold", "safety_judge",
 )  # fmt: skip
 COMPUTING = ("attn_implementation", "gradient_checkpointing", "share_prefixes")
@@ -89,7 +91,8 @@ class EvalCLI(OneDeviceCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         own = config["logger"]
         own = own[0] if isinstance(own, list) and own else own
-        self.runs = Path(getattr(own, "root_dir", None) or config.get("default_root_dir") or ".")
+        logger = own if isinstance(own, Logger) else None
+        self.runs = runs_folder(logger, config.get("default_root_dir") or ".")
         return super()._instantiate_trainer(config, callbacks)
 
     def source(self) -> PolicySource:

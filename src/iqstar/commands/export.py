@@ -23,7 +23,7 @@ from iqstar.card import model_card, record_of_checkpoint
 from iqstar.checkpoints import is_complete, newest_checkpoint, read_checkpoint
 from iqstar.commands.options import OptionParser
 from iqstar.errors import InputError
-from iqstar.export import SHARD_SIZE, Dtype, check_shard_size, export_policy
+from iqstar.export import SHARD_SIZE, Dtype, check_replaceable, check_shard_size, export_policy
 from iqstar.loading import load_whole
 from iqstar.policy import CausalLM, Policy, PolicySpec
 from iqstar.pretrained import quiet_transformers
@@ -31,8 +31,6 @@ from iqstar.settings import read_yaml
 
 PREFIX = "actor.model."
 """How the names of the policy's weights start in a checkpoint."""
-CONFIGS = ("config.json", "adapter_config.json")
-"""One of them is in every exported folder."""
 
 
 def main(argv: list[str]) -> int:
@@ -205,7 +203,8 @@ def _parse(argv: list[str]) -> Namespace:
     add = parser.add_argument
     add("--ckpt", "--ckpt_path", required=True, metavar="CKPT",
         help="checkpoint of a run, or a folder: the newest one below it")  # fmt: skip
-    add("--out", required=True, metavar="FOLDER", help="where to; must be empty or not exist")
+    add("--out", "--output", required=True, metavar="FOLDER",
+        help="where to; must be empty or not exist")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an earlier export there")
     add("--merge", action="store_true", help="fold LoRA adapters into the weights")
     add("--dtype", choices=get_args(Dtype), help="of the weights; as trained by default")
@@ -222,11 +221,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise InputError(
             f"--out: {out} is not empty; choose another folder, or add --overwrite to replace it"
         )
-    if out.is_dir() and any(out.iterdir()) and not any((out / n).is_file() for n in CONFIGS):
-        raise InputError(
-            f"--overwrite: {out} holds something else than an exported model, which would be lost; "
-            "choose another folder"
-        )
+    check_replaceable(out, "--overwrite", "choose another folder")
 
 
 def read_trained(path: Path, key: str = "--ckpt") -> dict[str, Any]:

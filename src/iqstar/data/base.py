@@ -170,8 +170,13 @@ class PromptDataModule(LightningDataModule, ABC):
             )
 
     def _check_values(self) -> None:
-        if self.subset is not None and (self.path is not None or self.hub_id is None):
+        if self.subset is not None and self.hub_id is None:
             raise InputError("data.subset selects a part of a hub data set; leave it out here")
+        if self.subset is not None and self.path is not None:
+            raise InputError(
+                "data.subset selects a part of the hub's data set, and data.path names files: set "
+                "one of them to null"
+            )
         least_of = {"batch_size": 1, "eval_batch_size": 1, "val_prompts": 0, "limit": 1}
         for key, least in least_of.items():
             value = getattr(self, key)
@@ -317,6 +322,8 @@ class PromptDataModule(LightningDataModule, ABC):
         details = summary.setdefault("details", {})
         details["skipped"] = self.report.skipped
         details["cut_to_first_turn"] = self.report.cut
+        if self.max_prompt_tokens is not None:
+            details["not_applied"] = ["max_prompt_tokens, which needs a model's tokenizer"]
         details["split"] = {"train": self.report.train, "heldout": self.report.heldout}
         if kept := [*self.train_prompts, *self.heldout_prompts]:
             details["prompt_chars"] = quantiles([count_chars(p) for p in kept])

@@ -91,7 +91,7 @@ def read_labelled(path: str) -> LabelledSet:
     items: dict[bytes, LabelledItem] = {}
     dropped: Counter[str] = Counter()
     rows = 0
-    for row in (row for file in find_files(path) for row in read_file(file)):
+    for row in (row for file in find_files(path, "--data") for row in read_file(file)):
         rows += 1
         found = _kind(row)
         if kind is not None and found != kind:

@@ -70,6 +70,10 @@ class SafeRLHFPairs(JSONL):
         ("prompt", "response_0", "response_1", "safer_response_id"),
     )
 
+    def hub_options(self) -> dict[str, Any]:
+        """The training split, of the configuration that ``subset`` names."""
+        return {"split": "train"} | ({"name": self.subset} if self.subset else {})
+
     def parse(self, row: Mapping[str, Any]) -> Prompt:
         """The question, with the safer answer before the other."""
         sides = [row["response_0"], row["response_1"]]

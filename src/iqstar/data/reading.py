@@ -150,8 +150,8 @@ def _explain(file: Path, error: Exception) -> InputError:
         except (OSError, EOFError) as bad:
             return InputError(f"{file}:{number + 1}: damaged file: {bad}; fetch it again")
         if number == 0:
-            return InputError(f"{file}:1: the file has no rows; check data.path")
-    return InputError(f"{file}: cannot be read: {error}; check the file that data.path names")
+            return InputError(f"{file}:1: the file has no rows; give another")
+    return InputError(f"{file}: cannot be read: {error}; check the file")
 
 
 @contextmanager
