@@ -171,6 +171,14 @@ def test_misspelt_option(fails, option, right):
     assert message == f"{option}: unknown option; did you mean {right}?"
 
 
+def test_a_file_of_data_is_no_config(fails, tmp_path):
+    """Whatever it is called: the data module reads it, and says what is wrong with it."""
+    file = tmp_path / "heldout.json"
+    file.write_text("[]")
+    pairs = ("--data", "iqstar.data.JSONLPairs", "--data.heldout_path", str(file))
+    assert "not a mapping of keys" not in fails(None, None, *pairs)
+
+
 @pytest.mark.parametrize(
     ("option", "right"),
     [

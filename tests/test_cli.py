@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import yaml
+from lightning import Trainer
 
 from cli_tools import changed, tiny_config, write_config
 from iqstar import __version__
@@ -101,6 +103,28 @@ def test_the_word_init_args_may_be_left_out(printed, word):
 def test_one_seed_for_all(printed):
     got = printed("--seed_everything", "5")
     assert got["seed_everything"] == 5
+
+
+@pytest.mark.parametrize("file", ["configs/baseline/ppo.yaml", "configs/baseline/dpo.yaml"])
+def test_adapters_are_laid_over_any_method(capsys, file):
+    """The overlay says how the model is trained, not by which method."""
+    argv = ("--config", file, "--config", "configs/policy/lora.yaml", "--print_config")
+    assert main(["fit", *argv]) == 0
+    model = yaml.safe_load(capsys.readouterr().out)["model"]
+    plain = yaml.safe_load(Path(file).read_text())["model"]
+    assert model["class_path"] == plain["class_path"]
+    assert model["init_args"]["policy"]["lora"]["rank"] == 8
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_gradients_of_ddp_are_its_buckets(tmp_path, tiny, monkeypatch, strategy):
+    """Else every device holds them twice."""
+    config = changed(tiny_config(tmp_path, tiny), "trainer.strategy", strategy)
+    config = changed(config, "trainer.devices", 2)
+    seen = []
+    monkeypatch.setattr(Trainer, "fit", lambda trainer, *_, **__: seen.append(trainer.strategy))
+    assert main(["fit", "--config", str(write_config(tmp_path, config))]) == 0
+    assert seen[0]._ddp_kwargs == {"gradient_as_bucket_view": True}
 
 
 def test_group_files(printed):

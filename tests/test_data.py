@@ -484,8 +484,10 @@ def test_too_few_prompts_name_the_key(tmp_path):
     data.setup("fit")
     with pytest.raises(InputError, match=r"data\.batch_size: 4 training prompts"):
         data.train_dataloader()
-    with pytest.raises(InputError, match=r"data\.subset"):
+    with pytest.raises(InputError, match=r"data\.subset .* leave it out here"):
         JSONL(path=path, subset="x").setup("fit")
+    with pytest.raises(InputError, match=r"data\.subset .* set one of them to null"):
+        HHRLHF(path=path, subset="harmless-base").setup("fit")
     with pytest.raises(InputError, match=r"data\.limit: 0 is too small"):
         JSONL(path=path, limit=0).setup("fit")
 

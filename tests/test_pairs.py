@@ -48,6 +48,14 @@ def test_hh_pairs_are_the_final_replies(tmp_path):
     }
 
 
+def test_a_subset_of_the_hub_is_one_of_its_configurations():
+    assert SafeRLHFPairs().hub_options() == {"split": "train"}
+    assert SafeRLHFPairs(subset="alpaca-7b").hub_options() == {
+        "split": "train",
+        "name": "alpaca-7b",
+    }
+
+
 def test_pairs_of_later_turns_are_none_after_the_first(tmp_path):
     """A conversation that is cut loses its pair, and hides no other one's."""
     longer = dialogue("a", "hm") + dialogue("why?", "")

@@ -52,7 +52,7 @@ earlier one. A file may also hold one part: --model.estimator configs/estimator/
 
   --model.help                        the method's settings
   --model.estimator.help CLASS        those of a part (estimator, loss, rollout, schedule, judge)
-  --data.help CLASS                   those of a data set (HHRLHF, BeaverTails, JSONL, Sample)
+  --data.help CLASS                   those of a data set (HHRLHF, HHPairs, JSONL, …)
   --print_config                      what a run would use, as YAML
 
 In YAML a part's settings stand below init_args; on the command line that word may be left out:

@@ -218,8 +218,6 @@ class IQStarCLI(LightningCLI):
             config["strategy"] = ShardedStrategy()
         if isinstance(config["strategy"], ShardedStrategy):
             config["inference_mode"] = False  # its tensors cannot be trained on later
-        if config["strategy"] == "ddp":  # gradients are the buckets, not a copy of them
-            config["strategy"] = DDPStrategy(gradient_as_bucket_view=True)
         plugins = config["plugins"] or []
         own = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in own):
@@ -241,9 +239,12 @@ class IQStarCLI(LightningCLI):
         if config.get("enable_checkpointing") is False:
             callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
         try:
-            return super()._instantiate_trainer(config, callbacks)
+            trainer = super()._instantiate_trainer(config, callbacks)
         except ValueError as error:  # an unknown strategy, precision, …
             raise InputError(f"trainer: {error}; see iqstar fit --help") from error
+        if isinstance(trainer.strategy, DDPStrategy):  # gradients are the buckets, no copy of them
+            trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
+        return trainer
 
 
 @contextmanager

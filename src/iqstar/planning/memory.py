@@ -140,7 +140,6 @@ def heap(phases: dict[str, dict[str, int]]) -> dict[str, int]:
 def lasting(run: Footprint, layout: Layout) -> dict[str, int]:
     """What a device holds in all phases."""
     shards = layout.devices if layout.strategy == "fsdp" else 1
-    buckets = run.gradients.total if layout.strategy == "ddp" else 0
     frozen = 0 if layout.strategy == "fsdp" and layout.offload_frozen else 1
     return {
         "libraries": layout.libraries,
@@ -148,7 +147,6 @@ def lasting(run: Footprint, layout: Layout) -> dict[str, int]:
         "weights as read": 0 if layout.gpu or layout.strategy == "fsdp" else run.as_read,
         **{name: frozen * weights.total // shards for name, weights in run.frozen.items()},
         "gradients": run.gradients.total // shards,
-        "DDP's copy of the gradients": buckets,
         "optimiser states": run.states // shards,
     }
 
