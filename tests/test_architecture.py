@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
-    {"errors", "chatter", "precision", "allocator", "vllm_worker", "signatures"},
+    {"errors", "chatter", "precision", "allocator", "vllm_worker", "signatures", "run_folder"},
     {"mdp", "ranks", "fingerprint", "atomic", "adapters", "intervals", "templates"},
     {"ranking"},
     {"checkpoints"},
@@ -42,7 +42,7 @@ PACKAGES = {
     | {"checkpoints", "precision", "card", "export", "planning", "training_cli", "chatter"}
     | {"signatures", "assignment", "credit_file", "estimators", "module", "rollouts", "scored"}
     | {"intervals", "ranking", "judges", "compare", "one_device"}
-    | {"report", "paired_responses", "summary", "alignment", "resume", "atomic"},
+    | {"report", "paired_responses", "summary", "alignment", "resume", "atomic", "run_folder"},
     "report": {"errors", "mdp", "atomic", "intervals", "judges", "paired_responses"},
     "compare": {"errors", "atomic", "intervals", "mdp", "data", "settings", "judges", "metrics"}
     | {

@@ -484,9 +484,9 @@ def test_too_few_prompts_name_the_key(tmp_path):
     data.setup("fit")
     with pytest.raises(InputError, match=r"data\.batch_size: 4 training prompts"):
         data.train_dataloader()
-    with pytest.raises(InputError, match=r"data\.subset .* leave it out here"):
+    with pytest.raises(InputError, match=r"data\.subset .* set it to null"):
         JSONL(path=path, subset="x").setup("fit")
-    with pytest.raises(InputError, match=r"data\.subset .* set one of them to null"):
+    with pytest.raises(InputError, match=r"data\.subset .* set it to null"):
         HHRLHF(path=path, subset="harmless-base").setup("fit")
     with pytest.raises(InputError, match=r"data\.limit: 0 is too small"):
         JSONL(path=path, limit=0).setup("fit")

@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import Callback
 
 from iqstar.callbacks import KLLimit
 from iqstar.data import Sample
-from iqstar.errors import InputError
 from iqstar.estimators import ContrastiveEstimator
 from iqstar.evaluation import Evaluation
 from iqstar.module import InverseQStar
@@ -131,14 +130,3 @@ def evaluation(step):
 def test_only_what_was_measured_is_called_before_and_after(steps, names):
     """A run of 5 steps; without a first evaluation, a later one does not stand in for it."""
     assert set(first_and_last([evaluation(s) for s in steps], 5)) == names
-
-
-def test_a_device_without_float64_is_refused(tiny, tmp_path, monkeypatch):
-    """Before anything is loaded; sampling draws in float64, as Apple's GPUs cannot."""
-    fake = trainer(tmp_path, max_steps=1)
-    monkeypatch.setattr(type(fake.strategy), "root_device", torch.device("mps"))
-    module = build(tiny)
-    module.trainer = fake
-    with pytest.raises(InputError, match=r"trainer\.accelerator: .* set it to cpu"):
-        module.configure_model()
-    assert module.policy is None

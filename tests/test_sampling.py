@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from iqstar.errors import InputError
 from iqstar.sampling import CategoricalSampler, ForcedDraws, uniform_numbers
 
 CPU = torch.device("cpu")
@@ -100,3 +101,8 @@ def test_top_k_and_top_p():
     scores = torch.tensor([3.0, 2.0, 1.0, 0.0])
     assert set(draws(scores, 2_000, top_k=2).tolist()) == {0, 1}
     assert set(draws(scores, 2_000, top_p=0.5).tolist()) == {0}
+
+
+def test_a_device_without_float64_is_refused():
+    with pytest.raises(InputError, match=r"trainer\.accelerator: .* set it to cpu"):
+        uniform_numbers(1, 1, 0, torch.device("mps"))

@@ -190,18 +190,9 @@ class AlignmentModule(EvaluatedModule, ABC):
         return math.ceil(rows / (self.micro_batch_size or rows)) * self.epochs_per_rollout
 
     def configure_model(self) -> None:
-        """Loads the models; called by the trainer on every rank, and again without effect.
-
-        Raises:
-            InputError: If the device cannot do what sampling needs, or a model is no good.
-        """
+        """Loads the models; called by the trainer on every rank, and again without effect."""
         if self.policy is not None:
             return
-        if self.trainer.strategy.root_device.type == "mps":
-            raise InputError(
-                "trainer.accelerator: Apple's GPUs have no float64, which sampling needs; set it "
-                "to cpu"
-            )
         precision = str(self.trainer.precision)
         needed = self.rollout.needs_reference(self.trainer)
         held = self.frozen_precision(precision)

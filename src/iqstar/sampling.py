@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from iqstar.errors import InputError
+
 BLOCK = 256
 """Tokens whose probabilities are summed before one of them is looked for."""
 
@@ -19,7 +21,14 @@ def uniform_numbers(
 
     Since each row has its own, what is drawn for it depends neither on the rows beside it nor on
     the device. The global random state is not touched.
+
+    Raises:
+        InputError: If the device has no float64.
     """
+    if device.type == "mps":
+        raise InputError(
+            "trainer.accelerator: Apple's GPUs have no float64, which sampling needs; set it to cpu"
+        )
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.rand(rows, steps, dtype=torch.float64, generator=generator)
     return numbers.to(device)

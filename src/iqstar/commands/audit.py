@@ -57,6 +57,8 @@ def main(argv: list[str]) -> int:
     except ArgumentError as error:
         raise _explain(str(error), argv) from error
     report = data.audit()
+    if data.max_prompt_tokens is not None:
+        report["details"]["not_applied"] = ["max_prompt_tokens, which needs a model's tokenizer"]
     if config.json:
         sys.stdout.write(json.dumps(report, ensure_ascii=False) + "\n")
     else:

@@ -170,12 +170,9 @@ class PromptDataModule(LightningDataModule, ABC):
             )
 
     def _check_values(self) -> None:
-        if self.subset is not None and self.hub_id is None:
-            raise InputError("data.subset selects a part of a hub data set; leave it out here")
-        if self.subset is not None and self.path is not None:
+        if self.subset is not None and (self.path is not None or self.hub_id is None):
             raise InputError(
-                "data.subset selects a part of the hub's data set, and data.path names files: set "
-                "one of them to null"
+                "data.subset selects a part of a hub data set; none is read here: set it to null"
             )
         least_of = {"batch_size": 1, "eval_batch_size": 1, "val_prompts": 0, "limit": 1}
         for key, least in least_of.items():
@@ -222,7 +219,8 @@ class PromptDataModule(LightningDataModule, ABC):
         for row in rows:
             counts["rows"] += 1
             try:
-                prompt = self.parse(row.values)
+                whole = self.parse(row.values)
+                prompt = first_turn(whole) if self.first_turn_only else whole
             except UnusableRowError as reason:
                 counts[f"skipped: {reason}"] += 1
                 continue
@@ -231,13 +229,7 @@ class PromptDataModule(LightningDataModule, ABC):
                     counts["skipped: malformed row"] += 1
                     continue
                 raise InputError(f"{row.place}: {error}") from error
-            if self.first_turn_only:
-                kept = first_turn(prompt)
-                if prompt.rejected is not None and kept.rejected is None:
-                    counts["skipped: pair of a later turn"] += 1
-                    continue
-                counts["cut"] += len(kept.messages) < len(prompt.messages)
-                prompt = kept
+            counts["cut"] += prompt is not whole
             if prompt.messages in prompts:
                 counts["skipped: duplicate prompt"] += 1
             elif problem := self._problem(prompt):
@@ -322,8 +314,6 @@ class PromptDataModule(LightningDataModule, ABC):
         details = summary.setdefault("details", {})
         details["skipped"] = self.report.skipped
         details["cut_to_first_turn"] = self.report.cut
-        if self.max_prompt_tokens is not None:
-            details["not_applied"] = ["max_prompt_tokens, which needs a model's tokenizer"]
         details["split"] = {"train": self.report.train, "heldout": self.report.heldout}
         if kept := [*self.train_prompts, *self.heldout_prompts]:
             details["prompt_chars"] = quantiles([count_chars(p) for p in kept])

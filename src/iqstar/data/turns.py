@@ -70,10 +70,16 @@ def make_prompt(messages: Sequence[Message], response: str | None = None) -> Pro
 
 
 def first_turn(prompt: Prompt) -> Prompt:
-    """The prompt up to its first human turn; the reply it got there becomes the response."""
+    """The prompt up to its first human turn; the reply it got there becomes the response.
+
+    Raises:
+        UnusableRowError: If it loses its pair of replies, which are to a later turn.
+    """
     cut = next(i for i, m in enumerate(prompt.messages) if m.role == "user") + 1
     if cut == len(prompt.messages):
         return prompt
+    if prompt.rejected is not None:
+        raise UnusableRowError("pair of a later turn")
     return Prompt(messages=prompt.messages[:cut], response=prompt.messages[cut].content)
 
 
