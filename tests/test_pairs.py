@@ -130,6 +130,25 @@ def test_own_pairs_may_be_messages(tmp_path):
     assert pairs_of(data) == {"q": ("yes", "no")}
 
 
+def test_replies_may_be_whole_conversations(tmp_path):
+    """The prompt is what both begin with, there once more or not: UltraFeedback's and TRL's."""
+
+    def talk(*texts):
+        roles = ("user", "assistant") * len(texts)
+        return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=False)]
+
+    rows = [
+        {"chosen": talk("a", "hm", "b", "yes"), "rejected": talk("a", "hm", "b", "no")},
+        {"prompt": "c", "chosen": talk("c", "yes"), "rejected": talk("c", "no")},
+        {"prompt": "d", "chosen": talk("d", "yes"), "rejected": talk("other", "no")},
+        {"chosen": talk("e", "yes"), "rejected": talk("f", "no")},
+    ]
+    data = JSONLPairs(path=write(tmp_path / "p.jsonl", rows), val_prompts=None)
+    assert pairs_of(data) == {"b": ("yes", "no"), "c": ("yes", "no")}
+    assert {len(p.messages) for p in [*data.train_prompts, *data.heldout_prompts]} == {1, 3}
+    assert data.report.skipped == {"pair whose prompts differ": 2}
+
+
 def test_a_missing_file_of_prompts_names_its_key(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": "yes", "rejected": "no"}])
     with pytest.raises(InputError, match=r"^data\.heldout_path: no such file"):
@@ -148,11 +167,12 @@ def test_a_reply_that_was_cut_says_so(tmp_path):
     ("cls", "row", "message"),
     [
         (JSONLPairs, {"prompt": "a", "chosen": "yes"}, "unknown column layout"),
+        (JSONLPairs, {"chosen": "Hi! Yes", "rejected": "Hi! No"}, "no prompt; give one, or conv"),
         (JSONLPairs, {"prompt": "a", "chosen": 1, "rejected": "no"}, "chosen must be text"),
         (
             JSONLPairs,
             {"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "no"},
-            "chosen must be text, or one message of the assistant",
+            "chosen must be text, or messages up to one of the assistant",
         ),
         (
             JSONLPairs,

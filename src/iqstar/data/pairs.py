@@ -28,6 +28,9 @@ def with_pair(prompt: Prompt, chosen: str, rejected: str) -> Prompt:
     return replace(prompt, response=chosen, rejected=rejected)
 
 
+SIDES = ("chosen", "rejected")
+
+
 class HHPairs(HHRLHF):
     """HH-RLHF's own pairs: chosen is preferred to rejected. One pair of each prompt is used."""
 
@@ -89,9 +92,10 @@ class SafeRLHFPairs(JSONL):
 class JSONLPairs(JSONL):
     """Your own pairs: rows of prompt (or messages), chosen and rejected.
 
-    Each is text; prompt may also be a list of {role, content}, and a reply a list of one message.
-    Replies are taken for whole ones and get an end of turn, which training then teaches. A row may
-    have ``chosen_complete`` or ``rejected_complete``, false where a length limit cut the reply.
+    Each is text, or a list of {role, content}. A list of a reply may begin with the prompt, which
+    need not be there a second time then. Replies are taken for whole ones and get an end of turn,
+    which training then teaches. A row may have ``chosen_complete`` or
+    ``rejected_complete``, false where a length limit cut the reply.
 
     Args:
         heldout_path: File of the prompts to evaluate on, whose rows need no pair; null holds some
@@ -102,6 +106,7 @@ class JSONLPairs(JSONL):
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = (
         ("prompt", "chosen", "rejected"),
         ("messages", "chosen", "rejected"),
+        ("chosen", "rejected"),
     )
 
     def __init__(self, heldout_path: str | None = None, **shared: Any) -> None:
@@ -119,20 +124,28 @@ class JSONLPairs(JSONL):
         """The prompt with both replies; a row without them, as in ``heldout_path``, as by JSONL."""
         if row.get("chosen") is None and row.get("rejected") is None:
             return parse_row(row)
-        replies = (_reply(row, side) for side in ("chosen", "rejected"))
-        prompt = with_pair(make_prompt(parse_messages(row)), *replies)
-        chosen, rejected = (_complete(row, side) for side in ("chosen", "rejected"))
-        return replace(prompt, complete=chosen, rejected_complete=rejected)
+        (*before, chosen), (*other, rejected) = (_talk(row, side) for side in SIDES)
+        apart = row.get("prompt") is not None or row.get("messages") is not None
+        asked = parse_messages(row) if apart else before
+        if not asked:
+            raise RowError("no prompt; give one, or conversations for chosen and rejected")
+        if any(turns and turns != asked for turns in (before, other)):
+            raise UnusableRowError("pair whose prompts differ")
+        prompt = with_pair(make_prompt(asked), chosen.content, rejected.content)
+        whole, rejected_whole = (_complete(row, side) for side in SIDES)
+        return replace(prompt, complete=whole, rejected_complete=rejected_whole)
 
 
-def _reply(row: Mapping[str, Any], side: str) -> str:
-    """A side's text, also of a list of one message, as TRL has it."""
+def _talk(row: Mapping[str, Any], side: str) -> list[Message]:
+    """A side's reply, last, and before it what stands there of the prompt, as TRL has it."""
     match row.get(side):
-        case str(text) | [{"role": "assistant", "content": str(text)}]:
-            return text
+        case str(text):
+            return [Message(role="assistant", content=text)]
+        case [*_, {"role": "assistant"}] as turns:
+            return parse_messages({"messages": turns})
         case other:
             raise RowError(
-                f"{side} must be text, or one message of the assistant, found {other!r:.60}"
+                f"{side} must be text, or messages up to one of the assistant, found {other!r:.60}"
             )
 
 
