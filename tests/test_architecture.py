@@ -28,7 +28,7 @@ LAYERS = [
     {"scored"},
     {"alignment", "vllm_rollout"},
     {"module", "baselines"},
-    {"callbacks", "defaults"},
+    {"callbacks", "defaults", "settings_file"},
     {"export_callback", "preemption", "progress"},
     {"summary"},
     {"training_cli"},

@@ -22,9 +22,9 @@ from iqstar.pretrained import quiet_transformers, resolve_model
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 SHARD_SIZE = "5GB"
+"""Largest file of weights, as transformers writes sizes."""
 CONFIGS = ("config.json", "adapter_config.json")
 """One of them is in every exported folder."""
-"""Largest file of weights, as transformers writes sizes."""
 
 
 def export_policy(

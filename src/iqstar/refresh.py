@@ -43,8 +43,8 @@ class Refresh(ABC):
         """Renews all weights of a frozen copy of the policy, in place."""
         trained = dict(policy.named_parameters())
         for name, weight in frozen.named_parameters():
-            policys = trained[name].detach().to(device=weight.device, dtype=weight.dtype)
-            weight.copy_(self.renewed(weight, policys))
+            current = trained[name].detach().to(device=weight.device, dtype=weight.dtype)
+            weight.copy_(self.renewed(weight, current))
 
 
 class PeriodicRefresh(Refresh):

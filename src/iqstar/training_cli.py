@@ -35,8 +35,9 @@ from iqstar.export_callback import Export
 from iqstar.precision import default_precision
 from iqstar.preemption import Preemption
 from iqstar.progress import ProgressBar, WeightsLine
-from iqstar.run_folder import SettingsFile, runs_folder
+from iqstar.run_folder import runs_folder
 from iqstar.settings import CONFIG_FLAGS, Explainer, Setting, read_settings
+from iqstar.settings_file import SettingsFile
 from iqstar.strategies import NAMES as SHARDED
 from iqstar.strategies import ShardedStrategy
 from iqstar.summary import RunSummary

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def keep(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def check_same(
-    file: Path, content: Mapping[str, Any], made: str, places: Sequence[str] = WRITTEN_TO
+    file: Path, content: Mapping[str, Any], made: str, places: tuple[str, ...] = WRITTEN_TO
 ) -> None:
     """Makes sure that settings are those that were kept, if any were.
 
@@ -50,7 +50,7 @@ def check_same(
     now = dict(_flat(content))
     for key in sorted(now.keys() | then.keys()):
         old, new = then.get(key, _ABSENT), now.get(key, _ABSENT)
-        if old != new and not key.startswith(tuple(places)):
+        if old != new and not key.startswith(places):
             raise InputError(
                 f"--output: {file} has other settings than now ({key}: {_told(old)}, now "
                 f"{_told(new)}); delete {made}, or choose another --output"

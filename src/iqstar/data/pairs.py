@@ -13,6 +13,9 @@ from iqstar.data.reading import Row, find_files, read_file
 from iqstar.data.turns import RowError, UnusableRowError, make_prompt
 from iqstar.mdp import Message, Prompt
 
+SIDES = ("chosen", "rejected")
+"""Columns of the two replies."""
+
 
 def with_pair(prompt: Prompt, chosen: str, rejected: str) -> Prompt:
     """The prompt with both replies.
@@ -26,9 +29,6 @@ def with_pair(prompt: Prompt, chosen: str, rejected: str) -> Prompt:
     if chosen == rejected:
         raise UnusableRowError("pair with equal replies")
     return replace(prompt, response=chosen, rejected=rejected)
-
-
-SIDES = ("chosen", "rejected")
 
 
 class HHPairs(HHRLHF):
@@ -94,8 +94,8 @@ class JSONLPairs(JSONL):
 
     Each is text, or a list of {role, content}. A list of a reply may begin with the prompt, which
     need not be there a second time then. Replies are taken for whole ones and get an end of turn,
-    which training then teaches. A row may have ``chosen_complete`` or
-    ``rejected_complete``, false where a length limit cut the reply.
+    which training then teaches. A row may have ``chosen_complete`` or ``rejected_complete``, false
+    where a length limit cut the reply.
 
     Args:
         heldout_path: File of the prompts to evaluate on, whose rows need no pair; null holds some
