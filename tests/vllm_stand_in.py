@@ -31,6 +31,8 @@ class StandIn(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 256
+    """Connections that may wait: at five, the default, some of a rollout's are reset."""
 
     def __init__(self, model: Path, answer: Callable[[dict[str, Any]], Answer]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
