@@ -62,6 +62,23 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path, tiny, kills):
     assert all(torch.equal(undisturbed[name], other[name]) for name in undisturbed)
 
 
+def test_the_summary_counts_the_seconds_of_earlier_processes(tmp_path, tiny):
+    config = configure(tmp_path, tiny, trainer__max_steps=4, summary={"examples": 0})
+    assert main(["fit", "--config", str(config), "--trainer.max_steps", "2"]) == 0
+    newest = newest_checkpoint(tmp_path)
+    saved = read_checkpoint(newest)
+    assert 0 < saved["callbacks"]["RunSummary"]["seconds"] < 600
+    saved["callbacks"]["RunSummary"]["seconds"] = 1000.0
+    torch.save(saved, tmp_path / "changed")  # what was read is still mapped to its file
+    (tmp_path / "changed").replace(newest)
+    assert main(["fit", "--config", str(config), "--ckpt_path", "last"]) == 0
+    summaries = [json.loads(path.read_text()) for path in tmp_path.rglob("summary.json")]
+    first, second = sorted(summaries, key=lambda found: found["optimizer_steps"])
+    assert first["optimizer_steps"] == 2 and second["optimizer_steps"] == 4
+    assert first["seconds"] < 600
+    assert 1000 < second["seconds"] < 1600
+
+
 def test_last_is_the_newest_complete_one(tmp_path, tiny, capsys):
     config = str(configure(tmp_path, tiny))
     assert main(["fit", "--config", config, "--ckpt_path", "last"]) == 0

@@ -45,11 +45,20 @@ class RunSummary(Callback):
     def __init__(self, examples: int = 3) -> None:
         self.examples = examples
         self.finished = False
+        self._before = 0.0
         self._started = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         self._started = time.perf_counter()
+
+    def state_dict(self) -> dict[str, float]:
+        """Seconds so far, of the processes that went before too."""
+        return {"seconds": self._before + time.perf_counter() - self._started}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Goes on from what :meth:`state_dict` gave."""
+        self._before = state_dict["seconds"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -67,11 +76,10 @@ class RunSummary(Callback):
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         exports = any(isinstance(c, Export) and c.at_end for c in callbacks)
-        seconds = round(time.perf_counter() - self._started, 1)
         ends = first_and_last(pl_module.evaluations, trainer.global_step)
         summary = summarize(pl_module, ends) | {
             "optimizer_steps": trainer.global_step,
-            "seconds": seconds,
+            "seconds": round(self.state_dict()["seconds"], 1),
             "policy": str(folder / FOLDER) if exports else None,
             "precision": str(trainer.precision),
             "evaluations": evaluation_rows(pl_module.evaluations),
