@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from iqstar.errors import InputError
@@ -51,13 +51,9 @@ class Whiten(CreditTransform):
 
     def apply(self, tokens: TokenCredits, positions: Int[Tensor, " tokens"]) -> TokenCredits:
         """See :meth:`CreditTransform.apply`."""
-        credit = tokens.credit.double()
-        sums = torch.stack([credit.new_tensor(float(len(credit))), credit.sum(), (credit**2).sum()])
-        count, total, square = global_sum(sums)
-        mean = total / count.clamp(min=1)
-        deviation = (square / count.clamp(min=1) - mean**2).clamp(min=1e-12).sqrt()
-        white = (credit - mean if self.shift else credit) / deviation
-        return replace(tokens, credit=white.to(tokens.credit.dtype))
+        mean, scale = whitening(tokens.credit, torch.ones_like(tokens.credit))
+        white = (tokens.credit - mean if self.shift else tokens.credit) / scale
+        return replace(tokens, credit=white)
 
 
 class TopTokens(CreditTransform):
@@ -98,3 +94,23 @@ class PrefixWeight(CreditTransform):
         """See :meth:`CreditTransform.apply`."""
         decay = torch.exp2(-positions.to(tokens.weight.dtype) / self.half_life)
         return replace(tokens, weight=tokens.weight * decay)
+
+
+def whitening(
+    values: Float[Tensor, " tokens"], weight: Float[Tensor, " tokens"]
+) -> tuple[Tensor, Tensor]:
+    """Weighted mean and standard deviation over all ranks.
+
+    Args:
+        values: Of this rank's tokens.
+        weight: How much each counts.
+
+    Returns:
+        The mean, and the deviation, which is at least 1e-8.
+    """
+    wide, own = values.double(), weight.double()
+    count, total = global_sum(torch.stack([own.sum(), (own * wide).sum()])).unbind()
+    mean = total / count.clamp(min=1)
+    square = global_sum((own * (wide - mean) ** 2).sum())
+    scale = (square / count.clamp(min=1)).sqrt().clamp(min=1e-8)
+    return mean.to(values), scale.to(values)

@@ -20,6 +20,7 @@ from iqstar.baselines.advantages import (
 from iqstar.baselines.kl_penalty import FixedKL, KLPenalty
 from iqstar.baselines.rewarded import RewardedModule
 from iqstar.baselines.value import ValueHead
+from iqstar.credit import whitening
 from iqstar.errors import InputError
 from iqstar.judges import Judge
 from iqstar.mdp import TokenCredits
@@ -194,15 +195,3 @@ class PPO(RewardedModule):
         if not isinstance(self.kl, FixedKL):
             saved = checkpoint.get("iqstar", {})
             self.kl.coefficient = saved.get("kl_coefficient", self.kl.coefficient)
-
-
-def whitening(
-    values: Float[Tensor, " tokens"], weight: Float[Tensor, " tokens"]
-) -> tuple[Tensor, Tensor]:
-    """Weighted mean and standard deviation over all ranks (at least 1e-8)."""
-    wide, own = values.double(), weight.double()
-    count, total = global_sum(torch.stack([own.sum(), (own * wide).sum()])).unbind()
-    mean = total / count.clamp(min=1)
-    square = global_sum((own * (wide - mean) ** 2).sum())
-    scale = (square / count.clamp(min=1)).sqrt().clamp(min=1e-8)
-    return mean.to(values), scale.to(values)
