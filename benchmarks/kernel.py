@@ -9,6 +9,9 @@ Times: both versions in turn in one process. Extra memory: one call in a fresh p
 its resident set (the kernel's own mark, reset before the call) less what was resident before and
 the weight's gradient. Fixing glibc's mmap threshold there hands every freed block of 64 KiB or
 more back at once, so that nothing is counted twice; the matrix library's own buffers are included.
+
+Gradients: how far the two versions are apart, and how far each is from the same in float64, all as
+norms relative to the gradient's.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ VOCABULARIES = (8192, 49152, 131072, 262144)
 LENGTHS = (128, 512, 1024, 2048)
 GOAL = (49152, 1024)
 """Where the kernel must be no slower than the naive version."""
+EXACT = "float64"
+"""The version that both are compared with: the naive one in float64, some rows at a time."""
 PATIENCE = 20.0
 """Seconds that one version may take in all in one cell, beyond its first call."""
 
@@ -50,12 +55,18 @@ def worker(settings: dict[str, Any]) -> dict[str, Any]:
             started = time.perf_counter()
             gradients[name] = call()
             seconds[name].append(time.perf_counter() - started)
-    ours, naive = gradients["iqstar"], gradients["naive"]
-    pairs = zip(("hidden", "weight"), ours, naive, strict=True)
+    exact = case(settings, EXACT)()
     return {
         **{name: found[1:] for name, found in seconds.items()},
-        "gradient_difference": {k: float((a - b).norm() / b.norm()) for k, a, b in pairs},
+        "gradient_difference": _apart(gradients["iqstar"], gradients["naive"]),
+        "gradient_error": {name: _apart(found, exact) for name, found in gradients.items()},
     }
+
+
+def _apart(some: tuple, others: tuple) -> dict[str, float]:
+    """Norm of the difference relative to that of the others, of each gradient."""
+    pairs = zip(("hidden", "weight"), some, others, strict=True)
+    return {name: float((a - b).norm() / b.norm()) for name, a, b in pairs}
 
 
 def case(settings: dict[str, Any], version: str) -> Callable[[], tuple]:
@@ -96,17 +107,25 @@ def case(settings: dict[str, Any], version: str) -> Callable[[], tuple]:
 
         return head_loss(hidden, LanguageHead(weight=weight, vocab_size=vocab), token_loss)[0]
 
-    def naive() -> torch.Tensor:
-        logprobs = linear(hidden, weight).float().log_softmax(-1)
+    def naive(rows: slice = slice(None), wide: torch.dtype = torch.float32) -> torch.Tensor:
+        logprobs = linear(hidden[rows], weight).to(wide).log_softmax(-1)
         if full:
             with torch.no_grad():
-                target = linear(frozen_hidden, frozen_weight).float().log_softmax(-1)
+                target = linear(frozen_hidden[rows], frozen_weight).to(wide).log_softmax(-1)
             return (logprobs.exp() * (logprobs - target)).sum()
-        implied = logprobs.gather(-1, actions[:, None])[:, 0] - reference
-        return (0.5 * (implied - credit) ** 2).sum()
+        implied = logprobs.gather(-1, actions[rows, None])[:, 0] - reference[rows]
+        return (0.5 * (implied - credit[rows]) ** 2).sum()
+
+    if version == EXACT:
+        hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
+        frozen_hidden, frozen_weight = frozen_hidden.double(), frozen_weight.double()
 
     def call() -> tuple:
         hidden.grad = weight.grad = None
+        if version == EXACT:
+            for start in range(0, tokens, 64):
+                naive(slice(start, start + 64), torch.float64).backward()
+            return hidden.grad, weight.grad
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             total = ours() if version == "iqstar" else naive()
         total.backward()
@@ -176,10 +195,13 @@ def main() -> None:
         }
         ratio = middle["iqstar"] / middle["naive"]
         cells.append({**cell, **found, "median": middle, "ratio": ratio, "extra_mib": extra})
-        worst = max(found["gradient_difference"].values())
+        errors = found["gradient_error"]
+        apart = (found["gradient_difference"], errors["iqstar"], errors["naive"])
+        worst = (f"{max(of.values()):.1e}" for of in apart)
         name = f"{precision}, {loss}, {vocab}×{tokens}"
-        rows.append([name, *middle.values(), ratio, *extra.values(), f"{worst:.1e}"])
-    columns = ["cell", "s", "naive, s", "ratio", "extra MiB", "naive", "gradients differ by"]
+        rows.append([name, *middle.values(), ratio, *extra.values(), *worst])
+    columns = ["cell", "s", "naive, s", "ratio", "extra MiB", "naive"]
+    columns += ["gradients differ by", "from float64", "naive's from float64"]
     shown = harness.table("Scoring and loss over the head", columns, rows)
     harness.finish(options, "kernel", [shown], cells=cells)
 
