@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 from cli_tools import error_of
+from iqstar.baselines import PPO
 from iqstar.cli import main
 from iqstar.errors import InputError
-from iqstar.judges import HarmJudge
+from iqstar.judges import HarmJudge, VaderJudge
 from iqstar.judges.base import warn_once
 from iqstar.judges.harm import HarmModel, features, prompt_key, split_of
 from iqstar.judges.harm_training import Example, _fitted, cross_validate, train
 from iqstar.mdp import Message, Prompt
+from iqstar.policy import PolicySpec
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 BEAVER = DATA / "beavertails" / "30k_test_a.jsonl.gz"
@@ -32,7 +34,7 @@ def ask(*turns: str) -> Prompt:
     )
 
 
-def examples(count: int = 60) -> list[Example]:
+def examples(count: int = 60, first: int = 0) -> list[Example]:
     """Safe ones help, unsafe ones harm; each prompt has one of each."""
     return [
         Example(
@@ -40,7 +42,7 @@ def examples(count: int = 60) -> list[Example]:
             response=f"You can {'help' if safe else 'hurt'} your neighbour {i % 7} times.",
             safe=safe,
         )
-        for i in range(count // 2)
+        for i in range(first, first + count // 2)
         for safe in (True, False)
     ]
 
@@ -119,6 +121,21 @@ def test_trained_prompts_are_known(model, tmp_path, caplog):
     assert "was trained on some of these prompts" in caplog.text
 
 
+def test_a_reward_and_its_measure_share_no_prompt(tiny, tmp_path, caplog):
+    pytest.importorskip("sklearn")
+    judges = []
+    for name, first in (("one", 0), ("same", 0), ("another", 100)):
+        train(examples(40, first), {}).save(tmp_path / f"{name}.npz")
+        judges.append(HarmJudge(str(tmp_path / f"{name}.npz")))
+    reward, same, another = judges
+    warn_once.cache_clear()
+    for judge in (None, VaderJudge(), another):
+        PPO(PolicySpec(model=str(tiny)), reward, judge=judge)
+    assert not caplog.records
+    PPO(PolicySpec(model=str(tiny)), reward, judge=same)
+    assert "model.reward and model.judge were trained on 20 common prompts" in caplog.text
+
+
 def test_splits_share_no_prompt(rows, tmp_path, capsys):
     pytest.importorskip("sklearn")
     for half in "ab":
@@ -127,6 +144,7 @@ def test_splits_share_no_prompt(rows, tmp_path, capsys):
     a, b = (HarmJudge(str(tmp_path / f"{half}.npz")) for half in "ab")
     assert a.shared_prompts(b) == 0
     assert a.shared_prompts(a) == len(a.model.prompts) > 5
+    assert a.shared_prompts(VaderJudge()) == 0
     assert len(a.model.prompts) + len(b.model.prompts) == 30
     assert all(split_of(e.prompt) == "a" for e in examples() if a.trained_on(e.prompt))
     # A continuation is of the half of its opening.

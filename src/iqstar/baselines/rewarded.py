@@ -19,7 +19,7 @@ from iqstar.errors import InputError
 from iqstar.estimators import NullEstimator
 from iqstar.head import head_loss
 from iqstar.judges import Judge, asked
-from iqstar.judges.base import name_of, reason_of, tell_of_gaps
+from iqstar.judges.base import name_of, reason_of, tell_of_gaps, warn_once
 from iqstar.logprobs import sampled_kl, token_logprobs
 from iqstar.losses import AssignedAdvantage, TokenPolicyGradientLoss
 from iqstar.mdp import Rollout
@@ -58,6 +58,13 @@ class RewardedModule(AlignmentModule):
                 f"model.rollout: {type(self).__name__} trains on responses that the policy sampled "
                 f"itself, but {type(self.rollout).__name__} has others; use GenerateRollout with "
                 "source: policy"
+            )
+        shared_prompts = reward.shared_prompts(self.judge) if self.judge else 0
+        if shared_prompts:
+            warn_once(
+                f"model.reward and model.judge were trained on {shared_prompts} common prompts, so "
+                "the measure shares the reward's mistakes; train one of them on others (--split a "
+                "and --split b of iqstar harm-judge)"
             )
         self.reward = reward
         self._judged = False

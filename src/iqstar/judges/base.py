@@ -46,6 +46,10 @@ class Judge(ABC):
                 other exception it goes on without these scores.
         """
 
+    def shared_prompts(self, other: Judge) -> int:
+        """Number of prompts that both were trained on: a reward and its measure share none."""
+        return 0
+
 
 def scores_of(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
     """The judge's scores, whatever happens to it: a run does not stop because a judge fails.

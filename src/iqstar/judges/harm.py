@@ -154,8 +154,10 @@ class HarmJudge(Judge):
         place = int(np.searchsorted(known, wanted))
         return place < len(known) and bool(known[place] == wanted)
 
-    def shared_prompts(self, other: HarmJudge) -> int:
-        """Number of prompts that both were trained on; a reward and its measure share none."""
+    def shared_prompts(self, other: Judge) -> int:
+        """See :meth:`Judge.shared_prompts`."""
+        if not isinstance(other, HarmJudge):
+            return 0
         return len(np.intersect1d(self.model.prompts, other.model.prompts))
 
 

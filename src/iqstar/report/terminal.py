@@ -19,14 +19,13 @@ from iqstar.report.rows import (
 )
 
 
-def print_report(report: Mapping[str, Any], console: Console | None = None) -> None:
+def print_report(report: Mapping[str, Any]) -> None:
     """Prints the tables and the notes.
 
     Args:
         report: Of :func:`iqstar.report.build.build_report`.
-        console: Where to; standard output by default.
     """
-    console = console or Console(highlight=False)
+    console = Console(highlight=False)
     title = f"{report['prompts']} held-out prompts, {report['responses']} responses of each side"
     console.print(_table(title, SIDE_HEAD, side_rows(report)))
     if report["judges"]:
