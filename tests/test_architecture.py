@@ -43,7 +43,7 @@ PACKAGES = {
     | {"signatures", "assignment", "credit_file", "estimators", "module", "rollouts", "scored"}
     | {"intervals", "ranking", "judges", "compare", "one_device"}
     | {"report", "paired_responses", "summary", "alignment", "resume", "atomic", "run_folder"},
-    "report": {"errors", "mdp", "atomic", "intervals", "judges", "paired_responses"},
+    "report": {"errors", "mdp", "atomic", "intervals", "judges", "paired_responses", "templates"},
     "compare": {"errors", "atomic", "intervals", "mdp", "data", "settings", "judges", "metrics"}
     | {
         "policy",

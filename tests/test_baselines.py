@@ -426,6 +426,7 @@ def test_truncated_responses_that_are_left_out_have_no_score(tiny, kind):
             micro.rollout.rows(0, 16).spread(torch.zeros(16).masked_scatter(whole, own)),
         )
     sums = micro_batch_sums(micro, torch.tensor(0.0), {}, 1.0)
+    assert sums["response_length"][1] == 8
     assert sums["reward"][1] == 8
     assert [float(x) for x in sums["reward_missing"]] == [0.0, 8.0]
 
@@ -444,8 +445,16 @@ def test_a_rollout_of_truncated_responses_teaches_nothing(tiny, kind):
 def test_a_run_outlives_its_judge(tiny, kind):
     """From the second rollout on scores are missing: nothing is learnt, and the curves say so."""
     rollout = GenerateRollout(5, responses_per_prompt=4)
-    module = build(kind, tiny, reward=Tiring(), rollout=rollout, epochs_per_rollout=1)
+    module = build(
+        kind,
+        tiny,
+        reward=Tiring(),
+        rollout=rollout,
+        epochs_per_rollout=1,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+    )
     done = fit(module, PROMPTS, max_steps=2)
+    assert all(abs(done.curves[1][f"train/{name}"]) < 100 for name in ("advantage", "credit"))
     assert done.curves[0]["train/reward_missing"] == 0
     assert done.curves[1]["train/reward_missing"] == 1
     assert math.isnan(done.curves[1]["train/reward"])

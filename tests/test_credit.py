@@ -9,7 +9,12 @@ import torch
 from fitting import PROMPTS, attach, make_module
 from iqstar.credit import PrefixWeight, TopTokens, Whiten
 from iqstar.errors import InputError
-from iqstar.losses import DistributionImitationLoss, RewardImitationLoss
+from iqstar.losses import (
+    CreditAdvantage,
+    DistributionImitationLoss,
+    RewardImitationLoss,
+    TokenPolicyGradientLoss,
+)
 from iqstar.mdp import TokenCredits
 
 CREDIT = [1.0, -5.0, 3.0, -1.0, 2.0]
@@ -97,6 +102,10 @@ def test_whitening_leaves_no_distribution_to_imitate(tiny):
     with pytest.raises(InputError, match=r"model\.transforms: Whiten .* RewardImitationLoss"):
         make_module(tiny, loss=DistributionImitationLoss(), transforms=[Whiten()])
     make_module(tiny, loss=DistributionImitationLoss(), transforms=[TopTokens(), PrefixWeight()])
+    baseline = TokenPolicyGradientLoss(advantage=CreditAdvantage(state_baseline=True))
+    with pytest.raises(InputError, match=r"Whiten .* without state_baseline"):
+        make_module(tiny, loss=baseline, transforms=[Whiten()])
+    make_module(tiny, loss=TokenPolicyGradientLoss(), transforms=[Whiten()])
 
 
 @pytest.mark.parametrize(

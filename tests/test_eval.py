@@ -15,10 +15,13 @@ import torch
 import yaml
 
 from cli_tools import changed, error_of, tiny_config, write_config
+from iqstar import InverseQStar
 from iqstar.cli import main
 from iqstar.commands import eval as command
 from iqstar.data import BeaverTails
 from iqstar.data.categories import categories_by_prompt
+from iqstar.errors import InputError
+from iqstar.estimators import NullEstimator
 from iqstar.judges import HarmJudge, Judge, RefusalJudge, VaderJudge, WinRateJudge
 from iqstar.loading import load_policy, load_reference
 from iqstar.mdp import Message, Prompt
@@ -552,6 +555,26 @@ def test_a_template_that_was_edited_is_another_setting(config, tmp_path, capsys)
     template.write_text("Hello! " + CHAT_TEMPLATE)
     argv = ("eval", "--config", str(file), "--output", str(out))
     assert "(files of model.policy.chat_template)" in error_of(capsys, *argv)
+
+
+def test_a_template_may_be_its_text(config, tmp_path):
+    """Which is longer than a file's name may be."""
+    text = "{# " + "long " * 100 + "#}" + CHAT_TEMPLATE
+    file = write_config(tmp_path, changed(config, "model.init_args.policy.chat_template", text))
+    assert evaluate(file, tmp_path / "out")["prompts"] > 0
+
+
+def test_a_judge_without_a_version_is_told_at_once():
+    class Nameless(Judge):
+        name = "own"
+
+        def score(self, prompts, responses):
+            return [0.0] * len(responses)
+
+    with pytest.raises(InputError, match="the judge Nameless has no version"):
+        InverseQStar(PolicySpec(), NullEstimator(), judge=Nameless())
+    with pytest.raises(InputError, match="the judge Nameless has no version"):
+        distinct_judges([Nameless()])
 
 
 def test_judge_that_stops_the_process_loses_no_response(config, tmp_path, monkeypatch):

@@ -205,6 +205,22 @@ def test_nonsense_is_no_verdict(judge, tmp_path, answer, caplog):
         assert one(judge(server.url)).verdict == "win"
 
 
+def test_a_refused_pair_is_no_outage(judge):
+    """Four of a prompt that is too long, side by side: the others are asked all the same."""
+    long = Prompt(messages=(Message(role="user", content="Much too long."),))
+
+    def answer(body):
+        if "Much too long." in body["messages"][-1]["content"]:
+            return 400, "maximum context length"
+        return prefers("good")(body)
+
+    prompts = [PROMPT] * 2 + [long] * 4 + [PROMPT] * 2
+    responses = [f"good {i}" for i in range(8)]
+    with chat_stand_in(answer) as server:
+        found = judge(server.url, workers=1).compare(prompts, responses, ["bad"] * 8)
+    assert [pair.verdict for pair in found] == ["win"] * 2 + [None] * 4 + ["win"] * 2
+
+
 def test_one_order_without_a_verdict_leaves_none(judge):
     def answer(body):
         return completion("[[A]]" if shown(body)[0] == "good" else "Hm.")
@@ -267,9 +283,12 @@ def test_win_rate_against_the_data_sets_responses(judge):
         win_rate = WinRateJudge(pairwise)
         scores = win_rate.score(prompts, ["good", "good", "bad", "good"])
         assert win_rate.score([PROMPT], ["good"]) == pytest.approx([math.nan], nan_ok=True)
+        silent = Prompt(messages=PROMPT.messages, response="")
+        assert win_rate.score([silent], ["good"]) == [1.0]
+        assert len(server.asked) == 6
     assert scores == pytest.approx([1.0, math.nan, 0.0, 0.5], nan_ok=True)
     assert win_rate.version == pairwise.version
-    assert len(server.asked) == 4  # the first pair and the third ask the same two questions
+    # Twice two questions: the first pair and the third ask the same ones.
 
 
 def test_verdicts():

@@ -152,6 +152,9 @@ def test_devices(folder):
     assert RewardModelJudge(folder, device="cpu").device == torch.device("cpu")
     with pytest.raises(InputError, match="'nowhere' is no device"):
         RewardModelJudge(folder, device="nowhere")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="'cuda' is no device of this machine"):
+            RewardModelJudge(folder, device="cuda")
 
 
 @pytest.mark.parametrize(

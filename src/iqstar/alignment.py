@@ -317,6 +317,9 @@ class AlignmentModule(EvaluatedModule, ABC):
         norm = self._grad_norm = whole(torch.nn.utils.get_total_norm(grads))
         if not torch.isfinite(norm):
             raise self._non_finite("gradient norm")
+        if self._window_weight == 0:  # nothing to learn from: momentum and decay shall rest too
+            for parameter in self.trained_weights():
+                parameter.grad = None
         means = self.train_means.compute()
         tokens = float(global_sum(self.train_means.count("credit")))
         self.train_means.reset()

@@ -106,11 +106,11 @@ def whitening(
         weight: How much each counts.
 
     Returns:
-        The mean, and the deviation, which is at least 1e-8.
+        The mean, and the deviation, which is at least 1e-8; 0 and 1 where nothing counts.
     """
     wide, own = values.double(), weight.double()
     count, total = global_sum(torch.stack([own.sum(), (own * wide).sum()])).unbind()
     mean = total / count.clamp(min=1)
     square = global_sum((own * (wide - mean) ** 2).sum())
-    scale = (square / count.clamp(min=1)).sqrt().clamp(min=1e-8)
+    scale = (square / count.clamp(min=1)).sqrt().clamp(min=1e-8).where(count > 0, 1.0)
     return mean.to(values), scale.to(values)

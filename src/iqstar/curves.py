@@ -58,14 +58,14 @@ def micro_batch_sums(
         beta: Unit of credit.
     """
     count = loss.new_tensor(float(len(micro.tokens)))
-    responses = loss.new_tensor(float(len(micro.rollout)))
+    responses, lengths = loss.new_tensor(float(len(micro.rollout))), micro.rollout.lengths
     credit = beta * micro.tokens.credit.double()
     truncated = micro.rollout.truncated.sum()
     return {
         "loss": (loss, micro.tokens.weight.sum()),
         "credit": (credit.sum(), count),
         "credit_square": ((credit**2).sum(), count),
-        "response_length": (micro.rollout.lengths.sum(), responses),
+        "response_length": (lengths.sum(), (lengths > 0).sum()),  # left out ones have none
         "truncation_rate": (truncated, responses),
         "eos_rate": (responses - truncated, responses),
         **{n: v if isinstance(v, tuple) else (v, count) for n, v in sums.items()},

@@ -12,6 +12,7 @@ from lightning import LightningModule
 from iqstar.engine import RolloutEngine
 from iqstar.evaluation import Evaluation, Sample, evaluation_metrics, sample_and_score
 from iqstar.judges import Judge
+from iqstar.judges.base import check_named
 from iqstar.mdp import PromptBatch
 from iqstar.metrics import TokenMeans
 from iqstar.policy import Policy
@@ -69,6 +70,8 @@ class EvaluatedModule(LightningModule):
         self, rollout: RolloutEngine, judge: Judge | None, eval_samples: int, seed: int
     ) -> None:
         super().__init__()
+        if judge is not None:
+            check_named(judge)
         self.rollout = rollout
         self.judge = judge
         self.eval_samples = eval_samples

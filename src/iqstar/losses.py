@@ -34,7 +34,7 @@ class TokenLoss(ABC):
 
     beta_power: ClassVar[int]
     """The loss of method §4 is β to this power times the one that is optimised."""
-    needs_distribution: ClassVar[bool] = False
+    needs_distribution: bool = False
     """Whether it reads π̂* over the whole vocabulary, not only at the sampled token."""
     needs_behaviour: ClassVar[bool] = False
     """Whether it reads the log-probs at the rollout's weights."""
@@ -163,6 +163,9 @@ class DistributionImitationLoss(TokenLoss):
 class Advantage(ABC):
     """What weighs a token in the policy gradient, in units of β; never differentiated."""
 
+    needs_distribution: bool = False
+    """As of the loss."""
+
     @abstractmethod
     def of(
         self,
@@ -189,7 +192,7 @@ class CreditAdvantage(Advantage):
     """
 
     def __init__(self, state_baseline: bool = False) -> None:
-        self.state_baseline = state_baseline
+        self.state_baseline = self.needs_distribution = state_baseline
 
     def of(
         self,
@@ -258,6 +261,7 @@ class TokenPolicyGradientLoss(TokenLoss):
             raise InputError(f"model.loss: clip_ratio must be positive, got {clip_ratio}")
         self.clip_ratio = clip_ratio
         self.advantage = advantage or CreditAdvantage()
+        self.needs_distribution = self.advantage.needs_distribution
 
     def per_token(
         self, logits: Float[Tensor, "chunk vocab"], tokens: TokenCredits, target: Target

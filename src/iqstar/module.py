@@ -70,7 +70,7 @@ class InverseQStar(AlignmentModule):
                 raise InputError(
                     f"model.transforms: {type(transform).__name__} changes credit at the sampled "
                     f"token only, which leaves no distribution for {type(self.loss).__name__}; "
-                    "use RewardImitationLoss or TokenPolicyGradientLoss"
+                    "use RewardImitationLoss, or TokenPolicyGradientLoss without state_baseline"
                 )
         if self.loss.needs_behaviour and not self.rollout.on_policy:
             raise InputError(

@@ -7,6 +7,11 @@ from pathlib import Path
 from iqstar.errors import InputError
 
 
+def is_jinja(given: str) -> bool:
+    """Whether this is the text of a template, and not a path or a name."""
+    return "{{" in given or "{%" in given
+
+
 def jinja_text(given: str, key: str, named: str) -> str:
     """The text of a Jinja template, which is given itself or by the path of its file.
 
@@ -18,7 +23,7 @@ def jinja_text(given: str, key: str, named: str) -> str:
     Raises:
         InputError: If it is neither.
     """
-    if "{{" in given or "{%" in given:
+    if is_jinja(given):
         return given
     path = Path(given).expanduser()
     if not path.is_file():

@@ -19,7 +19,7 @@ from iqstar.errors import InputError
 from iqstar.estimators import NullEstimator
 from iqstar.head import head_loss
 from iqstar.judges import Judge, asked
-from iqstar.judges.base import name_of, reason_of, tell_of_gaps, warn_once
+from iqstar.judges.base import check_named, name_of, reason_of, tell_of_gaps, warn_once
 from iqstar.logprobs import sampled_kl, token_logprobs
 from iqstar.losses import AssignedAdvantage, TokenPolicyGradientLoss
 from iqstar.mdp import Rollout
@@ -59,6 +59,7 @@ class RewardedModule(AlignmentModule):
                 f"itself, but {type(self.rollout).__name__} has others; use GenerateRollout with "
                 "source: policy"
             )
+        check_named(reward)
         shared_prompts = reward.shared_prompts(self.judge) if self.judge else 0
         if shared_prompts:
             warn_once(

@@ -95,6 +95,20 @@ def tell_of_gaps(
         )
 
 
+def check_named(judge: Judge) -> None:
+    """Makes sure that scores can travel with their judge's name and version.
+
+    Raises:
+        InputError: If it lacks either.
+    """
+    for attribute in ("name", "version"):  # asked of the class where it takes long to compute
+        if not (hasattr(type(judge), attribute) or attribute in vars(judge)):
+            raise InputError(
+                f"the judge {type(judge).__name__} has no {attribute}, which its scores are told "
+                f'apart by; set it in the class or its __init__, such as {attribute} = "1"'
+            )
+
+
 def name_of(judge: Judge) -> str:
     """What to call a judge, also one that lacks a name."""
     return str(getattr(judge, "name", type(judge).__name__))

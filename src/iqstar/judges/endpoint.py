@@ -133,6 +133,7 @@ class ChatEndpoint:
                     outage.final = True
                     reason += f"; {_REMEDIES[code].format(key=self.api_key_env)}"
                 if code not in _AGAIN and code < 500:
+                    answered = code not in _REMEDIES  # it has read this one, and works
                     break
                 pause = max(pause, float(wanted) if wanted.isdecimal() else 0.0)
             except _NonsenseError as error:

@@ -220,8 +220,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter without CUDA
         raise InputError(
-            f"{KEY}.device: {name!r} is no device; use auto, cpu, cuda or cuda:0"
+            f"{KEY}.device: {name!r} is no device of this machine ({str(error).splitlines()[0]}); "
+            "use auto, cpu, cuda or cuda:0"
         ) from error

@@ -32,7 +32,7 @@ class WinRateJudge(Judge):
         """How each response compares with the data set's; see :meth:`Judge.score`."""
         check_pairs(prompts, responses)
         scores = [math.nan] * len(responses)
-        places = [i for i, prompt in enumerate(prompts) if prompt.response]
+        places = [i for i, prompt in enumerate(prompts) if prompt.response is not None]
         compared = self.pairwise.compare(
             [prompts[i] for i in places],
             [responses[i] for i in places],

@@ -12,6 +12,7 @@ from iqstar.atomic import written_beside
 from iqstar.errors import InputError
 from iqstar.mdp import Prompt
 from iqstar.paired_responses import Pair, read_pairs, write_pairs
+from iqstar.templates import is_jinja
 
 RESPONSES = "responses.jsonl"
 SETTINGS = "responses.settings.json"
@@ -68,7 +69,7 @@ def kept_pairs(folder: Path, settings: Mapping[str, Any]) -> list[Pair] | None:
 
 def stamp(source: str | None) -> list[int] | None:
     """Size in bytes and last change of what a path holds; None where there is no such path."""
-    if source is None or not (path := Path(source).expanduser()).exists():
+    if source is None or is_jinja(source) or not (path := Path(source).expanduser()).exists():
         return None
     found = [f.stat() for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file()]
     return [sum(s.st_size for s in found), max((s.st_mtime_ns for s in found), default=0)]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from iqstar.atomic import written_beside
 from iqstar.judges import HarmJudge, Judge, WinRateJudge, asked
+from iqstar.judges.base import check_named
 from iqstar.paired_responses import Pair
 
 SIDES = ("policy", "reference")
@@ -75,6 +76,8 @@ def score_pairs(judge: Judge, name: str, pairs: Sequence[Pair]) -> Scores:
 
 def distinct_judges(judges: Sequence[Judge]) -> dict[str, Judge]:
     """Judges by name; two of one name are told apart by version, or are the same judge."""
+    for judge in judges:
+        check_named(judge)
     unique = list({(judge.name, judge.version): judge for judge in reversed(judges)}.values())
     names = Counter(judge.name for judge in unique)
     return {
