@@ -102,6 +102,32 @@ def test_your_own_rows_are_audited(tmp_path, capsys):
     )
 
 
+def test_pairs_of_ones_own_are_audited(tmp_path, capsys):
+    """Rows of one prompt are no repetitions if their replies differ; TRL's rows are rows too."""
+    rows = [
+        {"prompt": "a", "chosen": "yes", "rejected": "no"},
+        {"prompt": "a", "chosen": "yes", "rejected": "never"},
+        {"prompt": "a", "chosen": "yes", "rejected": "no"},
+        {"prompt": "b", "chosen": "same", "rejected": "same"},
+        {side: [{"role": "user", "content": "c"}, {"role": "assistant", "content": side}]
+         for side in ("chosen", "rejected")},
+    ]  # fmt: skip
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    report = audit(capsys, "--data", "JSONLPairs", "--data.path", str(path))
+    counts = {key: report[key] for key in ("rows", "usable", "prompts", "duplicates")}
+    assert counts == {"rows": 5, "usable": 4, "prompts": 2, "duplicates": 1}
+    assert report["details"]["unusable"] == 1
+
+
+def test_a_category_may_be_a_name(tmp_path, capsys):
+    row = {"prompt": "a", "response": "b", "is_safe": False, "category": "violence"}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    report = audit(capsys, "--data", "BeaverTails", "--data.path", str(path))
+    assert report["details"]["harm_categories"] == {}
+
+
 def test_too_few_prompts_to_train_on(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"prompt": "p{i}"}}\n' for i in range(40)))

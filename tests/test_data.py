@@ -531,3 +531,10 @@ def test_an_epoch_goes_on_with_another_number_of_processes(taken, old, new, star
     batch = resumed(taken, old, new)
     assert batch.prompts[0].messages[0].content == str(start)
     assert batch.step == (1 if old == new else 0)
+
+
+def test_brackets_in_a_name_are_no_pattern(tmp_path):
+    (tmp_path / "p1.jsonl").write_text('{"prompt": "another file"}\n')
+    (tmp_path / "p[1].jsonl").write_text('{"prompt": "this one"}\n')
+    rows = list(JSONL(path=str(tmp_path / "p[1].jsonl")).rows())
+    assert [row.values["prompt"] for row in rows] == ["this one"]

@@ -453,7 +453,7 @@ def test_checkpoint_without_weights(fails, full, tmp_path):
     assert "not saved by iqstar fit" in fails(ckpt=edited(full, tmp_path, iqstar=None))
 
 
-def test_folder(fails, tmp_path):
+def test_folder(fails, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("text")
     assert fails(out=tmp_path / "file").endswith("is a file; give a folder")
     message = fails(out=tmp_path / "file" / "out")
@@ -461,6 +461,9 @@ def test_folder(fails, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years")
     assert "is not empty; choose another folder, or add --overwrite" in fails()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert fails(out=Path()).endswith("which cannot be replaced; name another")
     assert "holds something else than an exported model" in fails("--overwrite")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years"
 

@@ -153,6 +153,9 @@ def test_a_missing_file_of_prompts_names_its_key(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": "yes", "rejected": "no"}])
     with pytest.raises(InputError, match=r"^data\.heldout_path: no such file"):
         JSONLPairs(path=path, heldout_path="nowhere.jsonl").setup()
+    nothing = write(tmp_path / "nothing.jsonl", [{"question": "Hi"}])
+    with pytest.raises(InputError, match=r"nothing\.jsonl:1: no prompt; the row has 'question'"):
+        JSONLPairs(path=path, heldout_path=nothing).setup()
 
 
 def test_a_reply_that_was_cut_says_so(tmp_path):

@@ -327,6 +327,34 @@ def test_other_devices_than_those_here(tmp_path, tiny, capsys):
     assert json.loads(capsys.readouterr().out)["devices"] == 2
 
 
+def plan_of(capsys, argv) -> dict:
+    assert main(argv) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_without_evaluations_there_is_none_to_hold(tmp_path, tiny, capsys):
+    argv = arguments(tmp_path, tiny, "--json", "--model.eval_samples", "64")
+    plan = plan_of(capsys, argv)
+    assert plan["phase_bytes"].pop("evaluation") == plan["peak_bytes"]
+    without = plan_of(capsys, [*argv, "--trainer.limit_val_batches", "0"])
+    assert without["phase_bytes"].keys() == plan["phase_bytes"].keys()
+    assert without["peak_bytes"] < plan["peak_bytes"]
+
+
+def test_models_of_the_estimators_own(tmp_path, tiny, capsys):
+    """Each counts, also one that two parts name: a run loads it twice."""
+    kind = "iqstar.estimators."
+    pair = ["--model.estimator", kind + "AlignedPairEstimator"]
+    pair += ["--model.estimator.aligned", str(tiny)]
+
+    def frozen(*more: str) -> list[int]:
+        parts = plan_of(capsys, arguments(tmp_path, tiny, "--json", *more))["part_bytes"]
+        return [v for k, v in next(iter(parts.values())).items() if "estimator's model" in k]
+
+    (size,) = frozen(*pair)
+    assert frozen(*pair, "--model.estimator.base", str(tiny)) == [size, size]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -342,6 +370,10 @@ def test_other_devices_than_those_here(tmp_path, tiny, capsys):
         (["--trainer.precision", "16-mixed"], "iqstar plan knows 32-true, bf16-mixed"),
         (["--trainer.accelerator", "tpu"], "iqstar plan knows cpu and gpu"),
         (["--model.policy.model", "no such model"], "model.policy.model: 'no such model'"),
+        (["--trainer.devices", "two"], "trainer.devices: 'two' is no number of devices"),
+        (["--trainer.devices", "0"], "trainer.devices: '0' is no number of devices"),
+        (["--trainer.devices", "-2"], "trainer.devices: '-2' is no number of devices"),
+        (["--data.batch_size", "0"], "data.batch_size: 0 is too small"),
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
 )

@@ -39,6 +39,7 @@ from iqstar.errors import InputError
 from iqstar.estimators import PlaceboEstimator, PrincipleEstimator, ShuffledEstimator
 from iqstar.losses import DistributionImitationLoss, RewardImitationLoss, TokenPolicyGradientLoss
 from iqstar.policy import Policy, PolicySpec
+from iqstar.refresh import PeriodicRefresh
 from iqstar.rollouts import DatasetRollout, MixtureRollout
 from iqstar.scored import ScoredRollout, check_origin, estimator_settings
 from iqstar.strategies import ShardedStrategy
@@ -510,6 +511,16 @@ def test_estimators_that_mix_tokens_cannot_be_scored(tmp_path, config, capsys):
         capsys, "score", "--config", str(file), "--output", str(tmp_path / "c.parquet")
     )
     assert "ShuffledEstimator gives a token another credit in every rollout" in message
+
+
+def test_credits_on_file_follow_no_policy(tmp_path, tiny, config, capsys):
+    with pytest.raises(InputError, match=r"model\.refresh: the credits of a ScoredRollout"):
+        build(tiny, ScoredRollout("credits.parquet"), refresh=PeriodicRefresh(every=1))
+    refresh = {"class_path": "iqstar.refresh.PeriodicRefresh", "init_args": {"every": 1}}
+    file = write_config(tmp_path, changed(config, "model.init_args.refresh", refresh))
+    target = str(tmp_path / "c.parquet")
+    message = error_of(capsys, "score", "--config", str(file), "--output", target)
+    assert "model.refresh: credit that follows the policy cannot be written once" in message
 
 
 def test_help(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from lightning import Trainer
 from torch import nn
@@ -27,6 +28,8 @@ class RolloutEngine(ABC):
 
     responses_per_prompt: int = 1
     on_policy: bool = False
+    credits_known: ClassVar[bool] = False
+    """Whether it has the credit of its responses, which was computed before."""
     max_new_tokens: int
     stop_strings: list[str] | None = None
     batch_size: int | None = None

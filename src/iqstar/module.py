@@ -72,6 +72,12 @@ class InverseQStar(AlignmentModule):
                     f"token only, which leaves no distribution for {type(self.loss).__name__}; "
                     "use RewardImitationLoss, or TokenPolicyGradientLoss without state_baseline"
                 )
+        if self.refresh is not None and self.rollout.credits_known:
+            raise InputError(
+                f"model.refresh: the credits of a {type(self.rollout).__name__} were computed "
+                "before, so no model of theirs can follow the policy; set it to null, or use "
+                "DatasetRollout"
+            )
         if self.loss.needs_behaviour and not self.rollout.on_policy:
             raise InputError(
                 f"model.loss: {type(self.loss).__name__} needs responses that the policy sampled "

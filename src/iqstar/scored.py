@@ -34,6 +34,8 @@ class ScoredRollout(DatasetRollout):
         max_new_tokens: Length limit of a response; at most the one that the file was made with.
     """
 
+    credits_known = True
+
     def __init__(self, path: str, max_new_tokens: int = 64) -> None:
         super().__init__(max_new_tokens)
         self.path = Path(path)

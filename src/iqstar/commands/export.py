@@ -217,6 +217,10 @@ def _parse(argv: list[str]) -> Namespace:
 def _check_out(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out: {out} is a file; give a folder")
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise InputError(
+            f"--out: {out} holds the folder that you are in, which cannot be replaced; name another"
+        )
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise InputError(
             f"--out: {out} is not empty; choose another folder, or add --overwrite to replace it"

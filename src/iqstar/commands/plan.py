@@ -107,7 +107,11 @@ def plan_run(cli: PlanCLI) -> dict[str, Any]:
     trainer = cli.config_init.trainer
     devices = layout(vars(trainer), options.devices, options.memory)
     work = workload(
-        cli.model, cli.datamodule, options.prompt_tokens, trainer.accumulate_grad_batches
+        cli.model,
+        cli.datamodule,
+        options.prompt_tokens,
+        trainer.accumulate_grad_batches,
+        evaluates=trainer.limit_val_batches != 0,
     )
     precision = trainer.precision or default_precision("gpu" if devices.gpu else "cpu")
     policy, own_models = architectures(cli.model, options.architecture)

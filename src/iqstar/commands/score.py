@@ -78,6 +78,11 @@ def main(argv: list[str]) -> int:
             raise InputError(f"--limit: must be at least 1, got {limit}")
         module = inverse_q_star(cli, "score")
         check_storable(module.estimator)
+        if module.refresh is not None:
+            raise InputError(
+                "model.refresh: credit that follows the policy cannot be written once; set it to "
+                "null, or use DatasetRollout with it"
+            )
         prompts = training_prompts(cli)[:limit]
         about = {
             "version": __version__,

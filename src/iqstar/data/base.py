@@ -169,7 +169,8 @@ class PromptDataModule(LightningDataModule, ABC):
                 "lower data.val_prompts or loosen the filters"
             )
 
-    def _check_values(self) -> None:
+    def check_values(self) -> None:
+        """Refuses settings that make no data, with an InputError."""
         if self.subset is not None and (self.path is not None or self.hub_id is None):
             raise InputError(
                 "data.subset selects a part of a hub data set; none is read here: set it to null"
@@ -181,7 +182,7 @@ class PromptDataModule(LightningDataModule, ABC):
                 raise InputError(f"data.{key}: {value} is too small; give at least {least}")
 
     def _build(self) -> None:
-        self._check_values()
+        self.check_values()
         counts: Counter[str] = Counter()
         own = self.heldout_rows()
         prompts = self._prompts(self.rows(), counts)
@@ -306,7 +307,7 @@ class PromptDataModule(LightningDataModule, ABC):
         Raises:
             InputError: If the data cannot be read.
         """
-        self._check_values()
+        self.check_values()
         rows = [*self.rows(), *(self.heldout_rows() or ())]
         summary = self.summarize([row.values for row in rows])
         self._build()

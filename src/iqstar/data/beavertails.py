@@ -25,7 +25,9 @@ def audit_answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         key = (str(row["prompt"]), str(row["response"]))
         usable += key not in seen and bool(key[1].strip())
         seen.add(key)
-        harms.update(name for name, present in (row.get("category") or {}).items() if present)
+        categories = row.get("category")
+        if isinstance(categories, Mapping):
+            harms.update(name for name, present in categories.items() if present)
     return {
         "rows": len(rows),
         "usable": usable,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 from iqstar.data.base import PromptDataModule
@@ -30,9 +30,11 @@ def parse_row(row: Mapping[str, Any]) -> Prompt:
 def parse_messages(row: Mapping[str, Any]) -> list[Message]:
     """The turns as written, whichever layout the row has."""
     name = "prompt" if row.get("messages") is None else "messages"
-    turns = row[name]
+    turns = row.get(name)
     if name == "prompt" and isinstance(turns, str):
         return [Message(role="user", content=turns.strip())]
+    if turns is None:
+        raise RowError(f"no prompt; the row has {', '.join(map(repr, row)) or 'no columns'}")
     if not isinstance(turns, Sequence) or not all(isinstance(turn, Mapping) for turn in turns):
         text = "text or " if name == "prompt" else ""
         raise RowError(f"{name} must be {text}a list of {{role, content}}")
@@ -47,28 +49,37 @@ def parse_messages(row: Mapping[str, Any]) -> list[Message]:
     return messages
 
 
-def audit_prompts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def audit_prompts(
+    rows: Sequence[Mapping[str, Any]], parse: Callable[[Mapping[str, Any]], Prompt] = parse_row
+) -> dict[str, Any]:
     """Counts over rows of prompts; a row is ``usable`` if a prompt can be made of it.
 
-    ``duplicates`` are rows whose prompt and response stood in an earlier row.
+    ``duplicates`` are rows whose prompt and replies stood in an earlier row.
+
+    Args:
+        rows: As they stand in the file.
+        parse: Makes the prompt of a row.
     """
     usable, malformed = [], 0
     multi_turn = same_role = 0
     for row in rows:
         try:
-            turns = parse_messages(row)
-            multi_turn += sum(m.role == "user" for m in turns) > 1
-            same_role += has_same_role(turns)
-            usable.append(parse_row(row))
+            prompt = parse(row)
         except ValueError:
             malformed += 1
+            continue
+        usable.append(prompt)
+        written = row.get("prompt") is not None or row.get("messages") is not None
+        turns = parse_messages(row) if written else prompt.messages
+        multi_turn += sum(m.role == "user" for m in turns) > 1
+        same_role += has_same_role(turns)
     return {
         "rows": len(rows),
         "usable": len(usable),
         "prompts": len({p.messages for p in usable}),
         "multi_turn": multi_turn,
         "same_role": same_role,
-        "duplicates": len(usable) - len({(p.messages, p.response) for p in usable}),
+        "duplicates": len(usable) - len({(p.messages, p.response, p.rejected) for p in usable}),
         "details": {
             "unusable": malformed,
             "with_response": sum(p.response is not None for p in usable),
@@ -91,4 +102,4 @@ class JSONL(PromptDataModule):
 
     def summarize(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """See :func:`audit_prompts`."""
-        return audit_prompts(rows)
+        return audit_prompts(rows, self.parse)

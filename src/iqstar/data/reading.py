@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,10 +81,11 @@ def read_file(file: Path) -> Iterator[Row]:
     from datasets import load_dataset  # slow to import
 
     kind = "parquet" if file.suffix == ".parquet" else "json"
+    name = glob.escape(str(file))  # which the library takes for a pattern
     index = -1
     try:
         with _quiet():
-            rows = load_dataset(kind, data_files=[str(file)], split="train", streaming=True)
+            rows = load_dataset(kind, data_files=[name], split="train", streaming=True)
             for index, values in enumerate(rows):
                 yield Row(values=values, source=str(file), index=index)
     except StopIteration:

@@ -54,12 +54,15 @@ class AlignedPairEstimator(OptimalPolicyEstimator):
         self, scorer: FrozenScorer, reference: TokenDistributions, seed: int
     ) -> TokenDistributions:
         """See :meth:`OptimalPolicyEstimator.estimate`."""
-        assert self.aligned_model is not None
-        base = reference if self.base_model is None else scorer.unconditioned(self.base_model)
+        # Of iqstar plan's scorer too, which asks no model: none is loaded then.
+        aligned = scorer.unconditioned(self.aligned_model)  # type: ignore[arg-type]
+        base = reference
+        if self.base is not None:
+            base = scorer.unconditioned(self.base_model)  # type: ignore[arg-type]
         return LogLinear(
             [
                 (1.0, reference),
-                (1 / self.temperature, scorer.unconditioned(self.aligned_model)),
+                (1 / self.temperature, aligned),
                 (-1 / self.temperature, base),
             ]
         )

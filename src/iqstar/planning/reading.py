@@ -34,7 +34,11 @@ GPU_LIBRARIES = 3 * GIB // 2
 
 
 def workload(
-    module: InverseQStar, data: PromptDataModule, prompt_tokens: int | None, accumulate: int
+    module: InverseQStar,
+    data: PromptDataModule,
+    prompt_tokens: int | None,
+    accumulate: int,
+    evaluates: bool = True,
 ) -> Workload:
     """What each device does, with prompts and responses at their longest.
 
@@ -43,10 +47,12 @@ def workload(
         data: Its data module.
         prompt_tokens: Length of the prompts; None for ``data.max_prompt_tokens``.
         accumulate: Micro-batches of an optimiser step.
+        evaluates: Whether the run measures anything on held-out prompts.
 
     Raises:
-        InputError: If the length of the prompts is not bounded.
+        InputError: If the length of the prompts is not bounded, or a setting of the data is none.
     """
+    data.check_values()
     tokens = prompt_tokens or data.max_prompt_tokens
     if tokens is None:
         raise InputError(
@@ -58,7 +64,7 @@ def workload(
     at_once = rollout.batch_size or sys.maxsize
     held_out = heldout_size(data.val_prompts)
     at_evaluation = data.eval_batch_size if held_out is None else held_out
-    evaluated = min(data.eval_batch_size, at_evaluation) * module.eval_samples
+    evaluated = min(data.eval_batch_size, at_evaluation) * module.eval_samples * evaluates
     micro = min(module.micro_batch_size or rows, rows)
     return Workload(
         prompt_tokens=tokens,
@@ -128,7 +134,10 @@ def _devices(value: Any, gpu: bool) -> int:
         return len(value)
     if "," in text:
         return len([part for part in text.split(",") if part.strip()])
-    return int(text)
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise InputError(f"trainer.devices: {text!r} is no number of devices; give --devices N")
+    return number
 
 
 def _strategy(strategy: Any, devices: int) -> Literal["single", "ddp", "fsdp"]:
@@ -174,7 +183,10 @@ def architectures(
     parts = [m for m in module.estimator.modules() if isinstance(m, OptimalPolicyEstimator)]
     names = [name for part in parts for name in part.own_models()]
     key = "model.estimator"
-    return policy, {f"estimator's {name}": load_config(name, key=key) for name in names}
+    configs = {name: load_config(name, key=key) for name in names}
+    # A model that two parts name is loaded twice.
+    own = {f"estimator's model {n}, {name}": configs[name] for n, name in enumerate(names, 1)}
+    return policy, own
 
 
 def read_architecture(file: Path) -> PretrainedConfig:

@@ -311,7 +311,7 @@ class _Scorer:
         self.hidden.append(hidden.nbytes)
         return HeadDistributions(hidden, self._head)
 
-    def unconditioned(self, model: CausalLM) -> HeadDistributions:
+    def unconditioned(self, model: CausalLM | None) -> HeadDistributions:
         """See :class:`iqstar.estimators.FrozenScorer`; as large as the reference, at most."""
         return self.scored(self.tracer.sequences(self.tracer.work.micro_rows, 0))
 
