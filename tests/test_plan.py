@@ -333,12 +333,10 @@ def plan_of(capsys, argv) -> dict:
 
 
 def test_without_evaluations_there_is_none_to_hold(tmp_path, tiny, capsys):
-    argv = arguments(tmp_path, tiny, "--json", "--model.eval_samples", "64")
-    plan = plan_of(capsys, argv)
-    assert plan["phase_bytes"].pop("evaluation") == plan["peak_bytes"]
-    without = plan_of(capsys, [*argv, "--trainer.limit_val_batches", "0"])
-    assert without["phase_bytes"].keys() == plan["phase_bytes"].keys()
-    assert without["peak_bytes"] < plan["peak_bytes"]
+    argv = arguments(tmp_path, tiny, "--json")
+    phases = plan_of(capsys, argv)["phase_bytes"]
+    without = plan_of(capsys, [*argv, "--trainer.limit_val_batches", "0"])["phase_bytes"]
+    assert phases.keys() - without.keys() == {"evaluation"}
 
 
 def test_models_of_the_estimators_own(tmp_path, tiny, capsys):
