@@ -47,7 +47,7 @@ class ChatStandIn(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 256
-    """Connections that may wait: at five, the default, some of a rollout's are reset."""
+    """Connections that may wait: at five, the default, some of many workers' are reset."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], Answer]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -27,6 +27,11 @@ def parse_row(row: Mapping[str, Any]) -> Prompt:
     return make_prompt(messages, (response or "").strip())
 
 
+def has_prompt(row: Mapping[str, Any]) -> bool:
+    """Whether a row has its prompt apart from its replies."""
+    return row.get("prompt") is not None or row.get("messages") is not None
+
+
 def parse_messages(row: Mapping[str, Any]) -> list[Message]:
     """The turns as written, whichever layout the row has."""
     name = "prompt" if row.get("messages") is None else "messages"
@@ -69,8 +74,7 @@ def audit_prompts(
             malformed += 1
             continue
         usable.append(prompt)
-        written = row.get("prompt") is not None or row.get("messages") is not None
-        turns = parse_messages(row) if written else prompt.messages
+        turns = parse_messages(row) if has_prompt(row) else prompt.messages
         multi_turn += sum(m.role == "user" for m in turns) > 1
         same_role += has_same_role(turns)
     return {

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from iqstar.data.beavertails import BeaverTails
 from iqstar.data.hh_rlhf import HHRLHF, parse_dialogue
-from iqstar.data.jsonl import JSONL, parse_messages, parse_row
+from iqstar.data.jsonl import JSONL, has_prompt, parse_messages, parse_row
 from iqstar.data.reading import Row, find_files, read_file
 from iqstar.data.turns import RowError, UnusableRowError, make_prompt
 from iqstar.mdp import Message, Prompt
@@ -125,8 +125,7 @@ class JSONLPairs(JSONL):
         if row.get("chosen") is None and row.get("rejected") is None:
             return parse_row(row)
         (*before, chosen), (*other, rejected) = (_talk(row, side) for side in SIDES)
-        apart = row.get("prompt") is not None or row.get("messages") is not None
-        asked = parse_messages(row) if apart else before
+        asked = parse_messages(row) if has_prompt(row) else before
         if not asked:
             raise RowError("no prompt; give one, or conversations for chosen and rejected")
         if any(turns and turns != asked for turns in (before, other)):
