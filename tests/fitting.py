@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -150,21 +148,6 @@ class SaveAt(Callback):
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
-
-
-def join(rank: int, folder: Any) -> None:
-    """Makes this process one of two, on this machine only; they find each other in a folder."""
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE="2")
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-
-
-def two_processes(work: Any, model: Any, out: Any) -> list[Any]:
-    """What ``work(rank, model, out)`` saved as ``out/RANK.pt`` in each of two processes."""
-    torch.multiprocessing.spawn(work, (str(model), str(out)), nprocs=2)
-    return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
 def make_trainer(precision: str = "32-true", **options: Any) -> Trainer:

@@ -6,13 +6,12 @@ Two gloo processes are started once and make all runs, on fixed responses of une
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from fitting import ask, attach, distance, fit, join, sgd, two_processes
+from fitting import ask, attach, distance, fit, sgd
 from iqstar import PolicySpec
 from iqstar.baselines import DPO, GRPO, PPO, AdaptiveKL
 from iqstar.errors import InputError
@@ -20,6 +19,7 @@ from iqstar.optim import Constant
 from iqstar.rollouts import DatasetRollout
 from iqstar.strategies import ShardedStrategy
 from judging import Gaps, Vowels
+from processes import two_processes
 
 LONG = "The ring and the thing you saw are on the land and in the air"
 PROMPTS = tuple(
@@ -93,8 +93,7 @@ def judged(folder, name):
     return micro.scores.isnan().all().item()
 
 
-def work(rank: int, folder: str, out: str) -> None:
-    join(rank, out)
+def work(rank: int, folder: str):
     failures = {name: judged(folder, name) for name in FAILURES}
     strategy = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2}
     runs = {"failures": failures}
@@ -106,13 +105,12 @@ def work(rank: int, folder: str, out: str) -> None:
         fit(build(folder, PPO), PROMPTS, batch_size=4, max_steps=1, devices=2, strategy=sharded)
     except InputError as error:
         runs["sharded"] = str(error)
-    torch.save(runs, Path(out, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    return runs
 
 
 @pytest.fixture(scope="module")
 def paired(tiny, tmp_path_factory):
-    return two_processes(work, tiny, tmp_path_factory.mktemp("processes"))
+    return two_processes(work, tmp_path_factory.mktemp("processes"), str(tiny))
 
 
 @pytest.mark.parametrize("name", list(KINDS))

@@ -7,13 +7,14 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import AutoModelForCausalLM
 
-from fitting import SaveAt, ask, contrast, distance, fit, join, make_module, sgd
+from fitting import SaveAt, ask, contrast, distance, fit, make_module, sgd
 from iqstar import LoRASpec
 from iqstar.checkpoints import AtomicCheckpointIO
 from iqstar.export_callback import Export
 from iqstar.pretrained import resolve_model
 from iqstar.rollouts import DatasetRollout
 from iqstar.strategies import ShardedStrategy
+from processes import two_processes
 
 pytestmark = pytest.mark.slow
 
@@ -61,10 +62,9 @@ def logits(policy):
         return policy.actor.frozen_head().logits(hidden)
 
 
-def work(rank: int, out: str) -> None:
+def work(rank: int, out: str):
     """One of two processes."""
     torch.set_num_threads(1)
-    join(rank, out)
     runs = {name: gradient(cut) for name, cut in CUTS.items() if "devices" in cut}
     module = make_module("bundled", contrast(1.0))
     fit(
@@ -78,9 +78,7 @@ def work(rank: int, out: str) -> None:
         callbacks=[Export(), SaveAt(2, Path(out, "sharded.ckpt"))],
     )
     runs["logits"] = logits(module.policy)
-    if rank == 0:
-        torch.save(runs, Path(out, "runs.pt"))
-    torch.distributed.destroy_process_group()
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +86,7 @@ def paired(tmp_path_factory):
     """The runs of two processes."""
     resolve_model("bundled")  # converted once
     out = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (str(out),), nprocs=2)
-    return out, torch.load(out / "runs.pt", weights_only=False)
+    return out, two_processes(work, out, str(out))[0]
 
 
 def size(path):

@@ -3,15 +3,13 @@
 Two gloo processes are started once; they make all two-process runs and leave them in files.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
 import iqstar.sharding
-from fitting import LORA, LOSSES, ask, attach, distance, fit, join, make_module, sgd, two_processes
+from fitting import LORA, LOSSES, ask, attach, distance, fit, make_module, sgd
 from iqstar import InverseQStar
 from iqstar.credit import Whiten
 from iqstar.estimators import NullEstimator
@@ -20,6 +18,7 @@ from iqstar.policy import CausalLM
 from iqstar.ranks import even_spans
 from iqstar.rollouts import DatasetRollout, GenerateRollout
 from iqstar.strategies import ShardedStrategy
+from processes import two_processes
 
 LONG = "The ring and the thing you saw are on the land and in the air and in the other inn"
 #: Dealt out in turn: the first process gets the long responses, the second nearly none. Twelve
@@ -195,9 +194,8 @@ def credits(values):
     return TokenCredits(actions=zero.long(), reference=zero, credit=credit, weight=zero + 1)
 
 
-def work(rank: int, folder: str, out: str) -> None:
+def work(rank: int, folder: str):
     """One of two processes: all runs, and whitening of unequal shares."""
-    join(rank, out)
     runs = {}
     for name, run in RUNS.items():
         run = dict(run)
@@ -215,14 +213,13 @@ def work(rank: int, folder: str, out: str) -> None:
     runs["sampled one by one"] = len(one_by_one.sample(actor, PROMPTS[: 3 - 2 * rank], 1.0, 0))
     share = credits([[1.0, 2.0, 3.0, 10.0], [-4.0]][rank])
     runs["whiten"] = Whiten().apply(share, torch.arange(len(share))).credit
-    torch.save(runs, Path(out, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    return runs
 
 
 @pytest.fixture(scope="module")
 def paired(tiny, tmp_path_factory):
     """The runs of both processes."""
-    return two_processes(work, tiny, tmp_path_factory.mktemp("processes"))
+    return two_processes(work, tmp_path_factory.mktemp("processes"), str(tiny))
 
 
 @pytest.fixture(scope="module")

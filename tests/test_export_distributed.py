@@ -16,11 +16,12 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fitting import LORA, fit, join, make_module
+from fitting import LORA, fit, make_module
 from iqstar.checkpoints import AtomicCheckpointIO, is_sharded_checkpoint, read_checkpoint
 from iqstar.cli import main
 from iqstar.export_callback import Export
 from iqstar.strategies import ShardedStrategy
+from processes import two_processes
 
 POLICIES = {"full": None, "adapters": LORA}
 STRATEGIES = {
@@ -33,7 +34,6 @@ RUNS = [(kind, name) for kind in POLICIES for name in STRATEGIES]
 
 def work(rank: int, model: str, out: str) -> None:
     """One of two processes."""
-    join(rank, out)
     for kind, name in RUNS:
         torch.manual_seed(0)  # adapters start at random
         folder = Path(out, kind, name)
@@ -51,14 +51,13 @@ def work(rank: int, model: str, out: str) -> None:
             default_root_dir=folder,
             callbacks=[Export(every_save=True), checkpoints],
         )
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
     """The folder of all runs."""
     out = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (str(tiny), str(out)), nprocs=2)
+    two_processes(work, out, str(tiny), str(out))
     return out
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from iqstar.metrics import TokenMeans, distinct_n
+from processes import two_processes
 
 
 def test_distinct_n_by_hand():
@@ -82,10 +81,7 @@ def test_token_means_keep_long_sums_exact():
 PER_RANK = {0: {"a": [1.0], "b": [5.0]}, 1: {"b": [1.0, 2.0, 3.0], "a": [4.0] * 99}}
 
 
-def two_ranks(rank: int, port: int) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+def two_ranks(rank: int) -> None:
     late, named = TokenMeans(), TokenMeans(["a", "b"])
     values = {k: pair(torch.tensor(v)) for k, v in PER_RANK[rank].items()}
     late.update(values)  # The ranks hold the two names in different order.
@@ -95,12 +91,8 @@ def two_ranks(rank: int, port: int) -> None:
     for _ in range(2):  # The second one must not add the synchronised states once more.
         assert {k: float(v) for k, v in late.compute().items()} == expected
     assert {k: float(v) for k, v in named.compute().items()} == {"a": 4.0, "b": 2.0}
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:.*before the ``update``.*")
-def test_token_means_over_two_processes():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(two_ranks, args=(port,), nprocs=2)
+def test_token_means_over_two_processes(tmp_path):
+    two_processes(two_ranks, tmp_path)

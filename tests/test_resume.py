@@ -12,13 +12,14 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
-from fitting import LORA, PROMPTS, SaveAt, ask, copied, fit, join, make_module, same_bits, trained
+from fitting import LORA, PROMPTS, SaveAt, ask, copied, fit, make_module, same_bits, trained
 from iqstar.checkpoints import AtomicCheckpointIO, is_sharded_checkpoint, read_checkpoint
 from iqstar.errors import InputError
 from iqstar.losses import TokenPolicyGradientLoss
 from iqstar.optim import WarmupCosine
 from iqstar.rollouts import GenerateRollout
 from iqstar.strategies import ShardedStrategy
+from processes import two_processes
 
 STEPS, STOP = 11, 6
 ASKED = (*PROMPTS, *(ask(f"Tell me about {i}, please{'!' * i}") for i in range(4)))
@@ -90,9 +91,8 @@ def check_same(pair):
     assert pair["resumed"]["samples"] == pair["straight"]["samples"]
 
 
-def work(rank: int, folder: str, alone: str, out: str) -> None:
+def work(rank: int, folder: str, alone: str, out: str):
     """One of two processes: every strategy, full and with adapters, and checkpoints of others."""
-    join(rank, out)
     runs = {}
     for kind, lora in POLICIES.items():
         for name in STRATEGIES:
@@ -108,8 +108,7 @@ def work(rank: int, folder: str, alone: str, out: str) -> None:
                 strategy=name,
                 ckpt_path=Path(alone, f"{kind}.ckpt"),
             )
-    torch.save(runs, Path(out, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +123,7 @@ def alone(tiny, tmp_path_factory):
 def paired(tiny, alone, tmp_path_factory):
     """The runs of two processes, and the folder of their checkpoints."""
     out = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, (str(tiny), str(alone[0]), str(out)), nprocs=2)
-    return out, [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return out, two_processes(work, out, str(tiny), str(alone[0]), str(out))
 
 
 @pytest.mark.parametrize("kind", POLICIES)

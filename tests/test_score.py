@@ -2,7 +2,6 @@
 
 import json
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,6 @@ from fitting import (
     distance,
     fit,
     flat,
-    join,
     make_module,
     make_trainer,
     same_bits,
@@ -43,6 +41,7 @@ from iqstar.refresh import PeriodicRefresh
 from iqstar.rollouts import DatasetRollout, MixtureRollout
 from iqstar.scored import ScoredRollout, check_origin, estimator_settings
 from iqstar.strategies import ShardedStrategy
+from processes import two_processes
 from tiny import tiny_folder
 
 #: Responses of different lengths; one was cut by its source, one is longer than the limit.
@@ -220,9 +219,8 @@ def test_a_run_goes_on_exactly_inside_a_rollout(tiny, file, tmp_path):
     assert same_bits(weights, resumed_weights)
 
 
-def work(rank: int, folder: str, path: str, out: str) -> None:
+def work(rank: int, folder: str, path: str):
     """One of two processes, with half of each batch."""
-    join(rank, out)
     results = {}
     for name, kind in (("ddp", DDPStrategy), ("fsdp", ShardedStrategy)):
         module = build(folder, ScoredRollout(path, LIMIT))
@@ -230,17 +228,16 @@ def work(rank: int, folder: str, path: str, out: str) -> None:
         done = fit(module, TALK, batch_size=2, max_steps=2, devices=2, strategy=strategy,
                    limit_val_batches=0)  # fmt: skip
         results[name] = (done.losses, flat(trained(module)))
-    torch.save(results, Path(out, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    return results
 
 
 def test_two_processes_train_as_one(tiny, file, tmp_path):
-    torch.multiprocessing.spawn(work, (str(tiny), str(file), str(tmp_path)), nprocs=2)
+    pair = two_processes(work, tmp_path, str(tiny), str(file))
     prompts = [TALK[i] for i in (0, 2, 1, 3, 4, 6, 5, 7)]  # the ranks take turns
     module = build(tiny, ScoredRollout(str(file), LIMIT))
     alone = fit(module, prompts, max_steps=2)
-    for rank in (0, 1):
-        for losses, weights in torch.load(tmp_path / f"{rank}.pt", weights_only=False).values():
+    for rank in pair:
+        for losses, weights in rank.values():
             assert losses == pytest.approx(alone.losses, rel=1e-5)
             change = weights - alone.weights[0]
             assert distance(change, alone.weights[-1] - alone.weights[0]) < 1e-4
