@@ -12,7 +12,7 @@ from torch import distributed
 
 
 def two_processes(work: Callable[..., Any], out: Any, *args: Any) -> list[Any]:
-    """What ``work(rank, *args)`` returns in each of two processes; they meet in the folder ``out``."""
+    """What ``work(rank, *args)`` returned in two processes, which meet in the folder ``out``."""
     torch.multiprocessing.spawn(_one_of_two, (work, str(out), args), nprocs=2)
     return [torch.load(Path(out, f"{rank}.pt"), weights_only=False) for rank in (0, 1)]
 
