@@ -303,6 +303,20 @@ def test_a_server_that_dies_says_how_to_go_on(tiny):
         engine.roll_out(policy, PROMPTS, 1.0, 1)
 
 
+def test_a_request_whose_connection_is_reset_is_sent_again(tiny, server, monkeypatch):
+    """Twice; its seed is the same, and so is the rollout."""
+    monkeypatch.setattr("iqstar.vllm_engines.PAUSES", (0.0, 0.0))
+    policy, engine = load(tiny), VLLMRollout(server.url, max_new_tokens=3)
+    whole = engine.roll_out(policy, PROMPTS[:1], 1.0, 0)
+    server.dropped = 2
+    again = engine.roll_out(policy, PROMPTS[:1], 1.0, 0)
+    assert server.dropped == 0
+    assert rows_of(again) == rows_of(whole)
+    server.dropped = 3
+    with pytest.raises(InputError, match=r"\.url: .* stopped answering .*--ckpt_path last"):
+        engine.roll_out(policy, PROMPTS[:1], 1.0, 0)
+
+
 def test_another_model_is_refused(tmp_path, tiny):
     other = tiny_folder(tmp_path / "other", vocab_size=400)
     with (

@@ -46,6 +46,8 @@ class StandIn(ThreadingHTTPServer):
         self.weights: list[dict[str, Any]] = []
         self.folders: list[Path] = []
         self.resets = True
+        self.dropped = 0
+        """Connections that are still to be cut without an answer."""
 
     @property
     def url(self) -> str:
@@ -77,6 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.dropped:
+            self.server.dropped -= 1
+            return
         status, content = self.server.refusals.get(self.path, (200, ""))
         if status == 200:
             content = json.dumps(self.server.reply(self.path, body))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
@@ -20,6 +21,9 @@ KEY = "model.rollout.init_args"
 EXTENSION = "iqstar.vllm_worker.WeightSync"
 CONNECTIONS = 256
 """Requests that are open at once, at most: each takes a thread here and a socket there."""
+PAUSES = (0.5, 2.0)
+"""Seconds before a request whose connection was reset is sent again: asked twice, a server does
+the same, since every response has its own seed. They are too short for another server to start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,14 +129,19 @@ class Server(Engine):
             data=json.dumps(body or {}).encode(),
             headers={"Content-Type": "application/json"},
         )
-        try:
-            with self._opener.open(request, timeout=self.timeout) as answer:
-                content: dict[str, Any] = json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            detail = error.read().decode(errors="replace")[:300]
-            raise self._refused(path, error.code, detail) from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise self._silent(error) from error
+        for pause in (*PAUSES, None):
+            try:
+                with self._opener.open(request, timeout=self.timeout) as answer:
+                    content: dict[str, Any] = json.loads(answer.read())
+                break
+            except urllib.error.HTTPError as error:
+                detail = error.read().decode(errors="replace")[:300]
+                raise self._refused(path, error.code, detail) from error
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                reset = isinstance(getattr(error, "reason", error), ConnectionResetError)
+                if pause is None or not reset:
+                    raise self._silent(error) from error
+            time.sleep(pause)
         self._answered = True
         return content
 
