@@ -52,7 +52,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             for what, goal, value in goals(results)]  # fmt: skip
     for row in rows:
         if row[2] < 0.01:
-            row[2] = f"{row[2]:.0e}"
+            row[2] = f"{row[2]:.1e}"
     return harness.table("Goals", COLUMNS, rows)
 
 
@@ -107,6 +107,9 @@ def _kernel(record: Mapping[str, Any]) -> Iterator[Goal]:
     if exact:
         worst = max(v for c in exact for v in c["gradient_difference"].values())
         yield "gradient of the head's kernel, difference from naive, fp32", "≤ 1e-5", worst
+    if exact and all("gradient_error" in c for c in exact):
+        worst = max(v for c in exact for v in c["gradient_error"]["iqstar"].values())
+        yield "gradient of the head's kernel, difference from float64, fp32", "≤ 1e-5", worst
 
 
 def _copied_head(cell: Mapping[str, Any]) -> float:
