@@ -8,8 +8,9 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
-    {"errors", "chatter", "precision", "allocator", "vllm_worker", "signatures", "run_folder"},
-    {"mdp", "ranks", "fingerprint", "atomic", "adapters", "intervals", "templates"},
+    {"errors", "chatter", "allocator", "vllm_worker", "signatures", "run_folder"},
+    {"mdp", "precision", "ranks", "fingerprint", "atomic", "adapters", "intervals", "templates"}
+    | {"foreign_errors"},
     {"ranking"},
     {"checkpoints"},
     {"sharding"},
@@ -29,7 +30,7 @@ LAYERS = [
     {"alignment", "vllm_rollout"},
     {"module", "baselines"},
     {"callbacks", "defaults", "settings_file"},
-    {"export_callback", "preemption", "progress"},
+    {"checkpoint_callback", "export_callback", "preemption", "progress"},
     {"summary"},
     {"training_cli"},
     {"one_device"},

@@ -15,6 +15,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from cli_tools import REMOVED, changed, error_of, line_of, tiny_config, write_config
 from iqstar.cli import main
+from iqstar.training_cli import readable_errors
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 ESTIMATOR = "model.init_args.estimator"
@@ -624,3 +625,78 @@ def test_in_a_process_of_its_own(tmp_path, config):
         f"iqstar: error: {file}:{line}: unknown key trainer.max_stepz; "
         "did you mean trainer.max_steps?\n"
     )
+
+
+# ---- found by a review: what once ended in a traceback, or blamed the wrong thing
+
+
+def test_an_interval_longer_than_an_epoch(fails):
+    """21 prompts in batches of four."""
+    message = fails(None, None, "--trainer.val_check_interval", "100")
+    assert message.startswith("trainer.val_check_interval: an epoch has 5 training batches")
+    assert "check_val_every_n_epoch" in message
+
+
+def test_the_best_checkpoint_of_no_run(fails):
+    assert fails(None, None, "--ckpt_path", "best").startswith("--ckpt_path: best does not exist")
+
+
+def test_a_slurm_job_of_tasks_that_are_not_counted_by_node(fails, monkeypatch):
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "train"}.items():
+        monkeypatch.setenv(name, value)
+    message = fails()
+    assert message.startswith("the SLURM job: You set `--ntasks=8`")
+    assert "--ntasks-per-node" in message
+
+
+def test_a_negative_number_is_no_option(tmp_path, fails):
+    """The key that is wrong stands in another file."""
+    file = tmp_path / "estimator.yaml"
+    file.write_text("class_path: PrincipleEstimator\ninit_args:\n  principel: Be kind.\n")
+    bound = ("--trainer.max_epochs", "-1")
+    assert "principel" in fails(None, None, "--model.estimator", str(file), *bound)
+
+
+def test_a_folder_of_a_run_is_no_checkpoint_and_names_its_own(tmp_path, config, fails):
+    file = str(write_config(tmp_path, config))
+    for version in ("first", "second"):
+        assert main(["fit", "--config", file, "--trainer.logger.version", version]) == 0
+    folder = tmp_path / "runs" / "run" / "first"
+    message = fails(None, None, "--ckpt_path", str(folder))
+    assert message.startswith(f"--ckpt_path: {folder} is no checkpoint")
+    assert f"the newest complete one there is {folder}" in message
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "refused"), TimeoutError(110, "x")])
+def test_errors_of_the_network_are_no_files(error):
+    with pytest.raises(type(error)), readable_errors([]):
+        raise error
+
+
+def test_a_connection_of_one_process_is_not_another_process():
+    with pytest.raises(RuntimeError, match="reset by peer"), readable_errors([]):
+        raise RuntimeError("Connection reset by peer")
+
+
+def test_half_precision_by_its_other_name(fails):
+    message = fails(None, None, "--trainer.precision", "16")
+    assert message.startswith("trainer.precision: 16 is not supported")
+
+
+def test_weights_in_sixteen_bits_are_warned_of(tmp_path, config):
+    argv = ["fit", "--config", str(write_config(tmp_path, config))]
+    with pytest.warns(UserWarning, match="bf16-true holds the trained weights in 16 bits"):
+        assert main([*argv, "--trainer.precision", "bf16-true"]) == 0
+
+
+def test_attention_that_is_not_installed(fails):
+    """It runs on GPUs only, so it is chosen after the checks that run here."""
+    message = fails("model.init_args.policy.attn_implementation", "flash_attention_2")
+    assert message.startswith("model.policy.attn_implementation: flash_attention_2 cannot be used")
+    assert "sdpa" in message
+
+
+@pytest.mark.parametrize("name", ["rank", "alpha"])
+def test_adapters_that_cannot_train(fails, name):
+    message = fails("model.init_args.policy.lora", {name: 0})
+    assert f"model.policy.lora.{name}: must be at least 1, got 0" in message

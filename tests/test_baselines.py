@@ -547,3 +547,57 @@ def test_dpo_needs_pairs(tiny):
 def test_a_senseless_price_is_refused(values):
     with pytest.raises(InputError, match=rf"model\.kl\.{next(iter(values))}"):
         AdaptiveKL(**values)
+
+
+class Close(Vowels):
+    """Scores that differ by less than bfloat16 can tell."""
+
+    def score(self, prompts, responses):
+        return [0.7 + 0.0003 * i for i in range(len(responses))]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_rewards_are_not_rounded_to_the_precision_of_the_run(tiny, precision):
+    module = attach(build(GRPO, tiny, reward=Close()), precision)
+    with module.trainer.precision_plugin.forward_context():
+        (micro,) = module.collect(PROMPTS[:2], 0)
+    expected = [0.7 + 0.0003 * i for i in range(4)]
+    assert micro.scores.tolist() == pytest.approx(expected, abs=1e-6)
+    assert (micro.tokens.credit != 0).all()
+
+
+def test_values_are_float32_where_the_head_is_in_sixteen_bits(tiny):
+    module = attach(build(PPO, tiny)).to(torch.bfloat16)
+    (micro,) = module.collect(PROMPTS[:2], 0)
+    assert micro.tokens.values.dtype == torch.float32
+    assert micro.tokens.returns.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [PPO, GRPO])
+def test_curves_leave_out_responses_without_a_score(tiny, kind):
+    """They are those of the scored responses alone, as the gradient is."""
+    options = {"whiten": False, "lam": 1.0} if kind is PPO else {}
+    module = attach(build(kind, tiny, **options))
+    (micro,) = module.collect(PROMPTS, 0)
+    half = torch.arange(len(micro.rollout)) % 2 == 0
+    owner = micro.rollout.spread(half)
+    gone = torch.where(half, micro.scores, NAN)
+    weight = micro.tokens.weight * owner
+    wild = torch.where(owner, micro.tokens.credit, 1e3)
+    cut = replace(micro, scores=gone, tokens=replace(micro.tokens, weight=weight, credit=wild))
+    total, sums = module.losses(cut)
+    found = micro_batch_sums(cut, total, sums, 1.0)
+    credit = micro.tokens.credit[owner]
+    assert found["credit"][0] / found["credit"][1] == pytest.approx(float(credit.mean()), abs=1e-5)
+    assert found["advantage"][0] == pytest.approx(float(credit.sum()), abs=1e-4)
+    for name in ("advantage", "kl", "entropy", *(["value", "value_loss"] if kind is PPO else [])):
+        assert found[name][1] == owner.sum(), name
+    if kind is PPO:  # the head is zero at the start
+        returns = micro.tokens.returns[owner]
+        assert float(found["value_loss"][0]) == pytest.approx(float(0.5 * (returns**2).sum()))
+
+
+@pytest.mark.parametrize("kind", [PPO, GRPO])
+def test_a_ratio_that_is_never_clipped_is_named_by_its_key(tiny, kind):
+    with pytest.raises(InputError, match=r"model\.clip_ratio: must be positive, got 0"):
+        build(kind, tiny, clip_ratio=0.0)

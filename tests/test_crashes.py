@@ -3,10 +3,12 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from iqstar.checkpoints import (
     write_file,
 )
 from iqstar.cli import main
-from iqstar.errors import InputError
+from iqstar.errors import InputError, PreemptedError
+from processes import two_processes
 
 TESTS = Path(__file__).parent
 
@@ -281,3 +284,90 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])
+
+
+# ---- what is saved
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {"every_n_train_steps": 3},
+        {"train_time_interval": "0:10:00"},
+        {"monitor": "val/kl", "mode": "min"},
+        {"monitor": "val/kl", "mode": "min", "filename": "best"},
+    ],
+)
+@pytest.mark.parametrize("bound", [{"max_steps": 5}, {"max_steps": -1, "max_epochs": 1}])
+def test_the_newest_state_is_always_saved(tmp_path, tiny, checkpoint, bound):
+    """And the best stays: 21 prompts are five steps; KL is least after the first."""
+    config = configure(tmp_path, tiny, checkpoint=checkpoint)
+    more = [part for key, value in bound.items() for part in (f"--trainer.{key}", str(value))]
+    if "max_epochs" not in bound:
+        more += ["--trainer.val_check_interval", "2"]
+    assert main(["fit", "--config", str(config), *more]) == 0
+    newest = newest_checkpoint(tmp_path)
+    assert read_checkpoint(newest)["global_step"] == 5
+    assert (newest.parent / "last.ckpt").resolve() == newest
+    files = {f for f in newest.parent.glob("*.ckpt") if not f.is_symlink()}
+    steps = sorted(read_checkpoint(file)["global_step"] for file in files)
+    best = {"every_n_train_steps": [3], "monitor": [2] if "max_epochs" not in bound else []}
+    assert steps == [*best.get(next(iter(checkpoint)), []), 5]
+
+
+def test_no_checkpoint_where_none_is_wanted(tmp_path, tiny):
+    config = configure(tmp_path, tiny, checkpoint={"save_top_k": 0, "save_last": False})
+    assert main(["fit", "--config", str(config)]) == 0
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("bound", [{"max_steps": 5}, {"max_steps": -1, "max_epochs": 1}])
+def test_a_run_that_was_killed_at_its_end_is_finished(tmp_path, tiny, bound):
+    """After its last checkpoint, and before its summary and its model were written."""
+    config = configure(
+        tmp_path, tiny, checkpoint={}, **{f"trainer__{k}": v for k, v in bound.items()}
+    )
+    assert main(["fit", "--config", str(config)]) == 0
+    (written,) = tmp_path.rglob("summary.json")
+    shutil.rmtree(written.parent / "policy")
+    written.unlink()
+    assert main(["fit", "--config", str(config), "--ckpt_path", "last"]) == 0
+    (written,) = tmp_path.rglob("summary.json")
+    assert json.loads(written.read_text())["optimizer_steps"] == 5
+    assert (written.parent / "policy" / "config.json").is_file()
+
+
+def test_a_run_of_epochs_that_also_has_a_bound_of_steps_is_measured_at_its_end(tmp_path, tiny):
+    config = configure(tmp_path, tiny, trainer__max_steps=1000, trainer__max_epochs=1)
+    assert main(["fit", "--config", str(config)]) == 0
+    (written,) = tmp_path.rglob("summary.json")
+    assert json.loads(written.read_text())["after"] is not None
+
+
+def requeueing(rank):
+    """When the first rank has queued the job again, and when this rank stops."""
+    import iqstar.preemption as preemption
+
+    queued = []
+
+    def slowly():
+        time.sleep(1.5)
+        queued.append(time.time())
+
+    preemption.requeue = slowly
+    trainer = SimpleNamespace(
+        sanity_checking=True,
+        is_global_zero=rank == 0,
+        strategy=SimpleNamespace(barrier=torch.distributed.barrier),
+    )
+    told = preemption.Preemption()
+    told._received = [signal.SIGUSR1] if rank == 0 else []
+    with pytest.raises(PreemptedError):
+        told._stop_if_told(trainer, SimpleNamespace(device=torch.device("cpu")))
+    return queued, time.time()
+
+
+def test_no_process_leaves_before_the_job_is_queued_again(tmp_path):
+    """SLURM may end what is left of a job once one process has left."""
+    ((queued, _), (_, left)) = two_processes(requeueing, tmp_path)
+    assert left >= queued[0]

@@ -460,3 +460,30 @@ def test_training_with_an_aligned_pair_learns_it(tiny, tmp_path):
     done = fit(module, PROMPTS, max_steps=30)
     assert done.losses[-1] < 0.5 * done.losses[0]
     assert not any("estimator" in name for name in module.state_dict())
+
+
+def test_a_principle_that_just_fits_has_a_placebo(scored):
+    """Which may be a token longer: the budget is that of what the user wrote."""
+    chat = scored[0].chat
+    text = next(
+        t
+        for n in range(1, 20)
+        if chat.count(placebo(t := "Be kind" + " and kind" * n, PLACEBOS[0], chat)) > chat.count(t)
+    )
+    PlaceboEstimator(PrincipleEstimator(text, max_principle_tokens=chat.count(text))).setup(
+        SPEC, chat, "32-true"
+    )
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_contrast_has_a_finite_strength(strength):
+    with pytest.raises(InputError, match=r"model\.estimator.*\.strength: must be a finite number"):
+        ContrastiveEstimator("Be kind.", "Be rude.", strength)
+
+
+def test_another_number_of_output_rows_is_refused(tiny, tmp_path):
+    """Equal tokenizers, but one model was resized for a token, the other was not."""
+    chat = PolicySpec(model=str(tiny)).chat()
+    smaller = tiny_folder(tmp_path / "smaller", vocab_size=len(chat.tokenizer) - 4)
+    with pytest.raises(InputError, match=r"rows of output for its vocabulary, the policy"):
+        load_frozen(str(smaller), PolicySpec(model=str(tiny)), chat, "32-true", "model.estimator")

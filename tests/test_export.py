@@ -306,6 +306,26 @@ def test_card_of_a_hub_model():
         assert "Nothing: the run made no evaluation." in card
 
 
+@pytest.mark.parametrize(
+    ("template", "own", "stops"),
+    [
+        ("hh", None, '["\\n\\nHuman:"]'),
+        ("hh", ["END"], '["END"]'),
+        ("chatml", None, None),
+        ("hh", [], None),
+    ],
+)
+def test_card_says_what_ended_a_response_in_training(template, own, stops):
+    rollout = {"class_path": "iqstar.rollouts.GenerateRollout", "init_args": {"stop_strings": own}}
+    settings = {"model": {"init_args": {"rollout": rollout}}}
+    record = RunRecord(
+        settings=settings, recipe=None, command=None, step=1, samples=4, evaluations=[]
+    )
+    card = model_card(record, PolicySpec(chat_template=template))
+    assert ("stop_strings=" in card) == (stops is not None)
+    assert stops is None or f"generate(..., stop_strings={stops}, tokenizer=tokenizer)" in card
+
+
 def test_card_of_a_judged_run(tmp_path, tiny):
     judge = {"class_path": "iqstar.judges.VaderJudge"}
     run = fit(tmp_path, tiny, model__init_args__judge=judge)

@@ -154,3 +154,14 @@ def test_the_sampled_kl_is_an_unbiased_non_negative_estimate():
     assert (estimates >= 0).all()
     mean = (logp[0].exp() * estimates).sum()
     torch.testing.assert_close(mean, kl_divergence(logp, logq)[0], atol=1e-12, rtol=0)
+
+
+def test_jsd_has_a_slope_where_the_policy_is_next_to_nothing():
+    """e^{-95} against 1: the exponential of the log-ratio overflows float32."""
+    logits = torch.tensor([[0.0, -95.0, -3.0]], requires_grad=True)
+    target = torch.tensor([[-20.0, 0.0, -20.0]]).log_softmax(-1)
+    exact = logits.detach().double().requires_grad_()
+    for given, aim in ((logits, target), (exact, target.double())):
+        generalized_jsd(given, aim, 0.5).sum().backward()
+    assert logits.grad.isfinite().all()
+    torch.testing.assert_close(logits.grad.double(), exact.grad, atol=1e-6, rtol=1e-4)

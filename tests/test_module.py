@@ -1,19 +1,27 @@
 """The module under a real trainer: resuming, stopping, what is kept."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
 
+from fitting import PROMPTS, ask, attach, fit, make_module
+from iqstar.baselines import DPO
 from iqstar.callbacks import KLLimit
+from iqstar.credit import Whiten
 from iqstar.data import Sample
-from iqstar.estimators import ContrastiveEstimator
+from iqstar.errors import InputError
+from iqstar.estimators import AlignedPairEstimator, ContrastiveEstimator
 from iqstar.evaluation import Evaluation
+from iqstar.losses import RewardImitationLoss
+from iqstar.mdp import PromptBatch
 from iqstar.module import InverseQStar
 from iqstar.policy import PolicySpec
-from iqstar.rollouts import GenerateRollout
+from iqstar.rollouts import DatasetRollout, GenerateRollout
 from iqstar.summary import first_and_last
 
 
@@ -106,6 +114,17 @@ def test_kl_limit_stops_a_run(tiny, tmp_path):
     assert 2 <= run.global_step < 50
 
 
+def test_models_are_loaded_in_main_memory(tiny):
+    """Lightning asks for them with its device as the default; "meta" stands in for a GPU here."""
+    pair = AlignedPairEstimator(aligned=str(tiny))
+    module = InverseQStar(PolicySpec(model=str(tiny)), pair, rollout=GenerateRollout(6))
+    with torch.device("meta"):
+        attach(module)
+    assert len(list(module.estimator.parameters())) > 0
+    assert {p.device.type for p in module.parameters()} == {"cpu"}
+    assert module.policy.actor.sharing  # what was tried out on it went well
+
+
 def test_window_that_does_not_fit_the_rollout_says_which_keys(tiny, tmp_path):
     run = trainer(tmp_path, max_steps=2, accumulate_grad_batches=4, enable_checkpointing=False)
     with pytest.raises(ValueError, match=r"trainer\.accumulate_grad_batches.*micro_batch_size"):
@@ -130,3 +149,53 @@ def evaluation(step):
 def test_only_what_was_measured_is_called_before_and_after(steps, names):
     """A run of 5 steps; without a first evaluation, a later one does not stand in for it."""
     assert set(first_and_last([evaluation(s) for s in steps], 5)) == names
+
+
+def test_a_limit_that_ends_an_epoch_ends_the_accumulation_window(tiny):
+    """Lightning steps after the last batch that it trains on: N counts no further ones."""
+    limits = {"batch_size": 4, "limit_train_batches": 1, "max_steps": 1}
+    plain, cut = (
+        fit(make_module(tiny, micro_batch_size=1), PROMPTS, accumulate_grad_batches=n, **limits)
+        for n in (1, 2)
+    )
+    torch.testing.assert_close(cut.gradients[0], plain.gradients[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["replayed", "pairs"])
+def test_a_kl_limit_needs_responses_of_the_policy(tiny, tmp_path, kind):
+    """Over other responses the estimate is no KL, and may be sixty times as large."""
+    module = (
+        build(tiny, rollout=DatasetRollout(6))
+        if kind == "replayed"
+        else DPO(PolicySpec(model=str(tiny)), rollout=GenerateRollout(6))
+    )
+    run = trainer(tmp_path, max_steps=1, callbacks=[KLLimit(limit=1.0)], limit_val_batches=0,
+                  enable_checkpointing=False)  # fmt: skip
+    with pytest.raises(InputError, match=r"kl\.limit: .*leave kl\.limit out, and see val/kl"):
+        run.fit(module, Answered())
+
+
+class Answered(LightningDataModule):
+    """Pairs, whose chosen replies are responses too."""
+
+    training_steps = staticmethod(lambda prompts: 1)
+
+    def train_dataloader(self):
+        pair = replace(ask("Hi", "Yes."), rejected="No.")
+        batch = PromptBatch(prompts=(pair, pair), last=True)
+        return DataLoader([batch], collate_fn=lambda rows: rows[0])
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return batch
+
+
+def test_predictions_show_the_credit_of_every_response(tiny):
+    """Whatever training leaves out or rescales."""
+    settings = {"rollout": GenerateRollout(4), "seed": 3, "loss": RewardImitationLoss()}
+    plain = attach(make_module(tiny, **settings))
+    changed = attach(make_module(tiny, transforms=[Whiten()], mask_truncated=True, **settings))
+    batch = PromptBatch(prompts=PROMPTS)
+    rows = plain.predict_step(batch, 0)
+    assert changed.predict_step(batch, 0) == rows
+    assert any(row["truncated"] for row in rows)
+    assert all(row["credits"] for row in rows)

@@ -11,6 +11,7 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    LlamaForCausalLM,
 )
 
 from fitting import LORA, PROMPTS, attach, distance, fit, make_module, same_bits, sgd
@@ -276,3 +277,17 @@ def test_every_end_of_sequence_id_is_known(tmp_path):
 
 def test_the_position_limit_is_known(tiny):
     assert attach(make_module(tiny)).policy.actor.max_tokens == 2048
+
+
+def test_attention_of_gpus_is_chosen_once_the_head_was_checked(tiny, monkeypatch):
+    """Its kernels take neither float32 nor main memory; every forward here is before."""
+    seen = []
+
+    def switch(model, name):
+        seen.append((name, model.config._attn_implementation))
+        model.forward = None  # nothing may call it from here on
+
+    monkeypatch.setattr(LlamaForCausalLM, "set_attn_implementation", switch)
+    policy = load(tiny, attn_implementation="flash_attention_2")
+    assert seen == [("flash_attention_2", "sdpa")]
+    assert policy.actor.model.forward is None

@@ -116,3 +116,17 @@ def test_what_cannot_follow_is_refused(tiny):
         EMARefresh(decay=1.0)
     with pytest.raises(InputError, match=r"model\.refresh\.init_args\.every"):
         PeriodicRefresh(every=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "key"),
+    [
+        ("bfloat16", "32-true", r"model\.policy\.dtype: .* bfloat16 rounds away; use float32"),
+        ("float32", "bf16-true", r"trainer\.precision: .* bf16-true rounds away; use bf16-mixed"),
+    ],
+)
+def test_an_average_in_sixteen_bits_is_refused(tiny, dtype, precision, key):
+    """With decay 0.95 every step of it would round to nothing."""
+    with pytest.raises(InputError, match=key):
+        attach(make_module(tiny, spec={"dtype": dtype}, refresh=EMARefresh()), precision)
+    attach(make_module(tiny, spec={"dtype": dtype}, refresh=PeriodicRefresh()), precision)

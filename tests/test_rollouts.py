@@ -511,3 +511,23 @@ def test_the_loss_at_the_start_of_on_policy_training_is_that_of_the_formula(tiny
     assert run.losses[0] > 0
     assert run.curves[0]["train/credit"] == pytest.approx(-run.losses[0], rel=0.2)
     assert math.isclose(run.curves[0]["train/implied_reward"], 0, abs_tol=1e-6)
+
+
+# ---- settings that say nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("top_p", 1.5), ("top_p", 0.0), ("top_p", -0.5), ("top_k", -1), ("batch_size", 0)],
+)
+def test_settings_outside_their_range_are_refused(name, value):
+    with pytest.raises(InputError, match=rf"model\.rollout\.init_args\.{name}: must be .*{value}"):
+        GenerateRollout(**{name: value})
+
+
+def test_engines_of_a_mixture_agree_on_where_texts_end():
+    """A text does not tell which engine it came from; given responses are not cut."""
+    with pytest.raises(InputError, match="stop_strings must agree"):
+        MixtureRollout([GenerateRollout(), GenerateRollout(stop_strings=["zz"])], [1.0, 1.0])
+    given = MixtureRollout([DatasetRollout(), GenerateRollout(stop_strings=["zz"])], [1.0, 1.0])
+    assert given.stop_strings == ["zz"]

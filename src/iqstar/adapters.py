@@ -17,8 +17,8 @@ class LoRASpec:
     """Low-rank adapters (PEFT); the reference is then the same weights with adapters off.
 
     Args:
-        rank: Rank of the adapters.
-        alpha: Scale of the adapters: they are multiplied by alpha / rank.
+        rank: Rank of the adapters, at least 1.
+        alpha: Scale of the adapters, at least 1: they are multiplied by alpha / rank.
         target_modules: Names of the linear layers to adapt, or ``all-linear``: all of them
             except the output head.
         rslora: Whether the scale is alpha / √rank instead.
@@ -28,6 +28,11 @@ class LoRASpec:
     alpha: int = 32
     target_modules: str | list[str] = "all-linear"
     rslora: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("alpha", self.alpha)):
+            if value < 1:
+                raise InputError(f"model.policy.lora.{name}: must be at least 1, got {value}")
 
 
 def with_adapters(model: nn.Module, lora: LoRASpec) -> nn.Module:

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from iqstar.accumulation import accumulation_window
 from iqstar.assignment import MicroBatch, credit_rows
 from iqstar.chat import ChatFormat
 from iqstar.curves import TRAIN_MEANS, Sums, micro_batch_sums, window_curves
@@ -74,8 +75,7 @@ class AlignmentModule(EvaluatedModule, ABC):
 
     beta: float = 1.0
     """Unit of credit; the methods that have none report in nats."""
-    beta_power: int = 0
-    """The method's own objective is β to this power times the loss that is optimised."""
+    beta_power: int = 0  # the method's own objective is β to this power times the loss
     kept: ClassVar[tuple[str, ...]] = ("behaviour",)
     """What of :class:`TokenCredits` a resumed run cannot compute again inside a rollout."""
     curves: ClassVar[tuple[str, ...]] = ()
@@ -138,6 +138,10 @@ class AlignmentModule(EvaluatedModule, ABC):
                 computed then.
         """
 
+    def assign_unchanged(self, rollout: Rollout, seed: int) -> list[MicroBatch]:
+        """As :meth:`assign`, for what trains nothing."""
+        return self.assign(rollout, seed)
+
     @abstractmethod
     def losses(self, micro: MicroBatch) -> tuple[Tensor, Sums]:
         """The weighted sum of a micro-batch's token losses, differentiable, and its metrics' sums.
@@ -195,10 +199,11 @@ class AlignmentModule(EvaluatedModule, ABC):
             return
         precision = str(self.trainer.precision)
         needed = self.rollout.needs_reference(self.trainer)
-        held = self.frozen_precision(precision)
-        self.policy = load_policy(self.spec, self.chat, held, reference=needed)
-        self.actor, self.frozen = self.policy.actor, self.policy.frozen
-        self.prepare(precision)
+        with torch.device("cpu"):  # not Lightning's device: it moves all of this module at once
+            held = self.frozen_precision(precision)
+            self.policy = load_policy(self.spec, self.chat, held, reference=needed)
+            self.actor, self.frozen = self.policy.actor, self.policy.frozen
+            self.prepare(precision)
 
     def trained_weights(self) -> Iterator[nn.Parameter]:
         """The weights that are trained."""
@@ -260,14 +265,8 @@ class AlignmentModule(EvaluatedModule, ABC):
         accumulate = self.trainer.accumulate_grad_batches
         done = batch_idx % accumulate  # not 0 where a run is resumed inside a window
         if done == 0 or resumed_inside:
-            window = range(batch.step, min(batch.step + accumulate - done, batch.steps))
-            if len(window) + done < accumulate and not batch.last:
-                raise InputError(
-                    f"trainer.accumulate_grad_batches: an optimiser step takes {accumulate} "
-                    f"micro-batches, but the rollout of {len(batch.prompts)} prompts has "
-                    f"{batch.steps}, which is not a multiple; choose data.batch_size, "
-                    "model.rollout.responses_per_prompt and model.micro_batch_size so that it is"
-                )
+            left = self.trainer.num_training_batches - batch_idx
+            window = accumulation_window(batch, done, accumulate, left)
             weight = sum(
                 (self._micro_batch(step).tokens.weight.sum() for step in window),
                 start=torch.zeros((), device=self.device),
@@ -368,9 +367,10 @@ class AlignmentModule(EvaluatedModule, ABC):
         """Responses with the credit of each token (:func:`iqstar.assignment.credit_rows`)."""
         assert self.policy is not None
         seed = rollout_seed(self.seed, batch_idx, self.global_rank)
+        rollout = self.rollout.roll_out(self.policy, batch.prompts, self.temperature, seed)
         return [
             row
-            for micro in self.collect(batch.prompts, seed)
+            for micro in self.assign_unchanged(rollout, seed)
             for row in credit_rows(self.policy, micro, self.rollout, self.beta, self.temperature)
         ]
 

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from iqstar.alignment import AlignmentModule
+from iqstar.baselines import DPO
 from iqstar.errors import InputError
 from iqstar.evaluation import Evaluation
 from iqstar.run_folder import run_folder
@@ -79,7 +80,18 @@ class KLLimit(Callback):
         self._recent.extend(state_dict["recent"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes note of the step that a resumed run starts from."""
+        """Takes note of the step that a resumed run starts from.
+
+        Raises:
+            InputError: If the responses are not the policy's own: what they estimate is no KL.
+        """
+        assert isinstance(pl_module, AlignmentModule)
+        own = pl_module.rollout.on_policy and not isinstance(pl_module, DPO)
+        if self.limit is not None and not own:
+            raise InputError(
+                "kl.limit: train/kl estimates the KL from responses that the policy samples, and "
+                "this run trains on others; leave kl.limit out, and see val/kl"
+            )
         self._step = trainer.global_step
 
     def on_train_batch_end(

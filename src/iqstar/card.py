@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import platform
 import re
@@ -15,6 +16,7 @@ from typing import Any
 import yaml
 
 from iqstar import __version__
+from iqstar.chat import STOP_STRINGS
 from iqstar.policy import PolicySpec
 from iqstar.pretrained import BUNDLED
 
@@ -203,11 +205,25 @@ def model_card(
         f"```sh\n{record.command}\n```" if record.command else "Its command was not recorded.",
         "## Use",
         f"```python\n{USE[library]}\n```",
+        *_stops(given, spec),
         "The licence of the base model applies.",
     ]
     if record.recipe:
         sections += ["## All settings", f"```yaml\n{record.recipe.strip()}\n```"]
     return "\n\n".join(sections) + "\n"
+
+
+def _stops(given: Mapping[str, Any], spec: PolicySpec) -> Iterator[str]:
+    """What ended responses in training and is no token, so that no file here can say it."""
+    rollout = given.get("rollout") or {}
+    own = (rollout.get("init_args") or {}).get("stop_strings")
+    if stops := list(STOP_STRINGS.get(spec.chat_template or "", ())) if own is None else own:
+        yield (
+            f"In training the text {' or '.join(f'`{json.dumps(s)}`' for s in stops)} ended a "
+            "response, and the model may go on past it. Name it where text is generated: "
+            f"`generate(..., stop_strings={json.dumps(stops)}, tokenizer=tokenizer)` in "
+            f'transformers, `"stop": {json.dumps(stops)}` in a request to a server.'
+        )
 
 
 def _measured(record: RunRecord, judge: Any, trained_on_it: bool) -> str:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PLACEMENTS = ("system", "before_user", "after_user")
 _KEY = "model.policy.chat_template"
 _HH_STOP = "\n\nHuman:"
+STOP_STRINGS = {"hh": (_HH_STOP,)}
+"""Texts that end a response of a named template, besides end tokens."""
 _HH_JINJA = (
     r"{% for m in messages %}{{ {'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: '}"
     r".get(m['role'], '') + m['content'] }}{% endfor %}"
@@ -75,7 +77,7 @@ class ChatFormat:
     ) -> None:
         self.tokenizer = tokenizer
         self.template = _read_template(tokenizer, template)
-        self.stop_strings = (_HH_STOP,) if self.template == "hh" else ()
+        self.stop_strings = STOP_STRINGS.get(self.template or "", ())
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
         if model_vocab_size is not None:
             self.vocab_size = min(self.vocab_size, model_vocab_size)

@@ -123,7 +123,7 @@ def check_complete(path: Path, key: str = "--ckpt_path") -> None:
             "such as runs/quickstart/version_0/checkpoints/last.ckpt"
         )
     if path.name.endswith(PART) or not is_complete(path):
-        newest = newest_checkpoint(path.parent)
+        newest = newest_checkpoint(path if path.is_dir() else path.parent)
         instead = f"; the newest complete one there is {newest}" if newest else ""
         raise InputError(
             f"{key}: {path} is no checkpoint, or a damaged or half-written one{instead}"

@@ -57,9 +57,12 @@ def micro_batch_sums(
         sums: Of what the loss and :func:`token_metrics` measured.
         beta: Unit of credit.
     """
-    count = loss.new_tensor(float(len(micro.tokens)))
+    seen = torch.ones_like(micro.tokens.weight)
+    if micro.scores is not None:  # tokens of responses without a score have no advantage
+        seen = (micro.tokens.weight > 0).to(seen)
+    count = seen.double().sum().to(loss)
     responses, lengths = loss.new_tensor(float(len(micro.rollout))), micro.rollout.lengths
-    credit = beta * micro.tokens.credit.double()
+    credit = beta * micro.tokens.credit.double() * seen
     truncated = micro.rollout.truncated.sum()
     return {
         "loss": (loss, micro.tokens.weight.sum()),

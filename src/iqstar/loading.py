@@ -19,6 +19,9 @@ from iqstar.policy import AUTOCAST, CausalLM, Policy, PolicySpec
 from iqstar.prefixes import hidden_states
 from iqstar.pretrained import load_model
 
+KNOWN = ("eager", "sdpa", attention.NAME)
+"""Attention that runs everywhere, in every dtype."""
+
 
 def load_policy(
     spec: PolicySpec, chat: ChatFormat, precision: str = "32-true", reference: bool = True
@@ -100,6 +103,12 @@ def load_frozen(
             f"({len(ours)} tokens) in {differing} entries, so their log-probs are not comparable; "
             "choose a model of the same family, or leave the key out to use the reference itself"
         )
+    if chat.vocab_size != policy.vocab_size:
+        raise InputError(
+            f"{key}: {model!r} has {chat.vocab_size} rows of output for its vocabulary, the policy "
+            f"{policy.vocab_size}, though their tokenizers agree; resize the smaller one's "
+            "embeddings (resize_token_embeddings) and save it anew"
+        )
     frozen = load_whole(spec, chat, key)
     _freeze(frozen, precision)
     return frozen
@@ -115,10 +124,11 @@ def load_whole(spec: PolicySpec, chat: ChatFormat, key: str = "model.policy.mode
     """
     if spec.attn_implementation == attention.NAME:
         attention.register()
+    later = spec.attn_implementation not in (None, *KNOWN)
     model = load_model(
         spec.model,
         dtype=getattr(torch, spec.dtype),
-        attn_implementation=spec.attn_implementation,
+        attn_implementation=None if later else spec.attn_implementation,
         trust_remote_code=spec.trust_remote_code,
         revision=spec.revision,
         key=key,
@@ -131,9 +141,23 @@ def load_whole(spec: PolicySpec, chat: ChatFormat, key: str = "model.policy.mode
             module.p = 0.0
     lm = CausalLM(model, chat)
     _check_head(lm, key)
+    if later:
+        _switch_attention(lm, str(spec.attn_implementation))
     lm.sharing = spec.share_prefixes and not spec.gradient_checkpointing and _can_share(lm)
     lm.fingerprint = fingerprint(model)
     return lm
+
+
+def _switch_attention(lm: CausalLM, name: str) -> None:
+    """Takes an attention that the checks above cannot run: on a GPU, and in 16 bits, only."""
+    try:
+        lm.model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model.policy.attn_implementation: {name} cannot be used ({reason}); install its "
+            f"package, or take one of {', '.join(KNOWN)}"
+        ) from error
 
 
 def _freeze(model: CausalLM, precision: str) -> None:
@@ -195,7 +219,7 @@ def _can_share(lm: CausalLM) -> bool:
     config = lm.model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", 1)
-    known = config._attn_implementation in ("eager", "sdpa", attention.NAME)
+    known = config._attn_implementation in KNOWN
     if windows or kinds != {"full_attention"} or not known:
         return False
     ids = torch.arange(1, 8) % lm.chat.vocab_size

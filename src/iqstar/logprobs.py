@@ -130,6 +130,7 @@ class _GeneralizedJSD(torch.autograd.Function):
         logp, target = logp.clamp_(min=-IMPOSSIBLE), target.clamp(min=-IMPOSSIBLE)
         # log p − log m and log q − log m, exactly 0 where p = q.
         over_p = -torch.log1p((1 - weight) * torch.expm1(target - logp))
+        over_p = over_p.clamp_(min=-IMPOSSIBLE)  # expm1 overflows where p is next to nothing
         over_q = -torch.log1p(weight * torch.expm1(logp - target))
         value = weight * _expect(p, over_p) + (1 - weight) * _expect(q, over_q)
         if ctx.needs_input_grad[0]:

@@ -96,6 +96,7 @@ class InverseQStar(AlignmentModule):
         self.estimator.setup(self.spec, self.chat, precision)
         self.rollout.setup(self.policy, self.estimator, self.loss, self.temperature, precision)
         if self.refresh is not None:
+            self.refresh.check(self.spec.dtype, precision)
             self._moving = moving_models(self.policy, self.estimator, self.refresh)
 
     # -- frozen models that follow the policy -------------------------------------------------
@@ -130,12 +131,25 @@ class InverseQStar(AlignmentModule):
 
     def assign(self, rollout: Rollout, seed: int, resuming: bool = False) -> list[MicroBatch]:
         """Scores a rollout, estimates π̂* and assigns credit: all before the first update."""
+        return self._assigned(rollout, seed, self.transforms, resuming)
+
+    def assign_unchanged(self, rollout: Rollout, seed: int) -> list[MicroBatch]:
+        """Credit as the estimator has it; see :meth:`AlignmentModule.assign_unchanged`."""
+        return self._assigned(rollout, seed, ())
+
+    def _assigned(
+        self,
+        rollout: Rollout,
+        seed: int,
+        transforms: Sequence[CreditTransform],
+        resuming: bool = False,
+    ) -> list[MicroBatch]:
         assert self.policy is not None
         return assign_credit(
             self.policy,
             rollout,
             self.estimator,
-            self.transforms,
+            transforms,
             temperature=self.temperature,
             micro_batch_size=self.micro_batch_size or len(rollout),
             needs_behaviour=self.loss.needs_behaviour and not resuming,

@@ -80,7 +80,8 @@ class PolicySpec:
         config = load_config(self.model, key=key, **where).get_text_config()
         eos = config.eos_token_id
         with suppress(OSError):  # the file is optional
-            eos = GenerationConfig.from_pretrained(resolve_model(self.model)).eos_token_id or eos
+            folder, revision = resolve_model(self.model), self.revision or "main"
+            eos = GenerationConfig.from_pretrained(folder, revision=revision).eos_token_id or eos
         tokenizer = load_tokenizer(self.model, key=key, **where)
         return ChatFormat(
             tokenizer,

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from iqstar.errors import InputError
 
 _SIZE, _ROUNDS = 256, 20
 
@@ -23,6 +26,28 @@ def default_precision(accelerator: str = "auto") -> str:
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     bf16 = supported is not None and supported() and bfloat16_is_faster()
     return "bf16-mixed" if bf16 else "32-true"
+
+
+def check_precision(precision: str) -> None:
+    """Refuses what cannot train here, and warns of what trains badly.
+
+    Args:
+        precision: The trainer's.
+
+    Raises:
+        InputError: If it scales losses.
+    """
+    if precision in ("16", "16-mixed"):
+        raise InputError(
+            f"trainer.precision: {precision} is not supported, because its loss scaling expects "
+            "gradients that overflow, which stop a run here; use bf16-mixed or 32-true"
+        )
+    if precision in ("bf16-true", "16-true"):
+        rank_zero_warn(
+            f"trainer.precision: {precision} holds the trained weights in 16 bits too, whatever "
+            "model.policy.dtype says; most steps of usual learning rates are rounded away in them. "
+            "bf16-mixed multiplies in bfloat16 and trains float32 weights"
+        )
 
 
 def bfloat16_is_faster() -> bool:

@@ -92,6 +92,7 @@ class Preemption(Callback):
             saved = f"after optimiser step {trainer.global_step}, saved {path}"
         if again and trainer.is_global_zero:
             requeue()
+        trainer.strategy.barrier()  # SLURM may end a job, and this command, once one process ends
         name = "SIGUSR1" if again else "SIGTERM"
         raise PreemptedError(f"stopped by {name} {saved}; go on with --ckpt_path last")
 

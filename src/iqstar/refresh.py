@@ -29,6 +29,17 @@ class Refresh(ABC):
         self.of = of
         self.every = every
 
+    def check(self, dtype: str, precision: str) -> None:  # noqa: B027
+        """Refuses weights in which renewals are lost.
+
+        Args:
+            dtype: ``model.policy.dtype``.
+            precision: The trainer's.
+
+        Raises:
+            InputError: If they are.
+        """
+
     @abstractmethod
     def renewed(self, old: Tensor, policy: Tensor) -> Tensor:
         """A weight after a renewal.
@@ -77,6 +88,19 @@ class EMARefresh(Refresh):
         if not 0 <= decay < 1:
             raise InputError(f"{KEY}.decay: must be in [0, 1), got {decay}")
         self.decay = decay
+
+    def check(self, dtype: str, precision: str) -> None:
+        """Refuses 16 bits: a small part of a small difference rounds to nothing in them."""
+        if "16" in dtype:
+            key, value, remedy = "model.policy.dtype", dtype, "float32"
+        elif precision in ("bf16-true", "16-true"):
+            key, value, remedy = "trainer.precision", precision, "bf16-mixed"
+        else:
+            return
+        raise InputError(
+            f"{key}: EMARefresh moves weights by small parts, which {value} rounds away; use "
+            f"{remedy}, or PeriodicRefresh"
+        )
 
     def renewed(self, old: Tensor, policy: Tensor) -> Tensor:
         """See :meth:`Refresh.renewed`."""

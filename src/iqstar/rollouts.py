@@ -49,10 +49,14 @@ class GenerateRollout(RolloutEngine):
         for name, value in (
             ("max_new_tokens", max_new_tokens),
             ("responses_per_prompt", responses_per_prompt),
-            ("batch_size", batch_size or 1),
+            ("batch_size", 1 if batch_size is None else batch_size),
         ):
             if value < 1:
                 raise InputError(f"{KEY}.{name}: must be at least 1, got {value}")
+        if not 0 < top_p <= 1:
+            raise InputError(f"{KEY}.top_p: must be above 0 and at most 1, got {top_p}")
+        if top_k < 0:
+            raise InputError(f"{KEY}.top_k: must be at least 0, which is all tokens, got {top_k}")
         if top_p < 1 or top_k > 0:
             warnings.warn(
                 f"{KEY}: top_p < 1 or top_k > 0 samples from another distribution than the one "
@@ -211,6 +215,13 @@ class MixtureRollout(RolloutEngine):
             )
         if min(weights) < 0 or sum(weights) <= 0:
             raise InputError(f"{KEY}.weights: must not be negative nor all zero, got {weights}")
+        sampling = [e for e in engines if not isinstance(e, DatasetRollout)]
+        stops = {None if e.stop_strings is None else tuple(e.stop_strings) for e in sampling}
+        if len(stops) > 1:
+            raise InputError(
+                f"{KEY}.engines: stop_strings must agree, since a text is cut off at them "
+                f"whichever engine it came from; got {' and '.join(sorted(map(repr, stops)))}"
+            )
         counts = {e.responses_per_prompt for e in engines}
         if len(counts) > 1:
             raise InputError(
@@ -221,7 +232,7 @@ class MixtureRollout(RolloutEngine):
         self.responses_per_prompt = counts.pop()
         self.on_policy = all(e.on_policy for e in engines)
         self.max_new_tokens = max(e.max_new_tokens for e in engines)
-        self.stop_strings = next((e.stop_strings for e in engines if e.stop_strings), None)
+        self.stop_strings = next((e.stop_strings for e in sampling), None)
         self.batch_size = min((e.batch_size for e in engines if e.batch_size), default=None)
 
     def roll_out(
@@ -229,8 +240,9 @@ class MixtureRollout(RolloutEngine):
     ) -> Rollout:
         """See :meth:`RolloutEngine.roll_out`; responses come grouped by engine."""
         generator = torch.Generator().manual_seed(seed)
+        weights = torch.tensor(self.weights, dtype=torch.float32)  # also under bf16-true
         drawn = torch.multinomial(
-            torch.tensor(self.weights), len(prompts), replacement=True, generator=generator
+            weights, len(prompts), replacement=True, generator=generator
         ).tolist()
         parts = []
         for number, engine in enumerate(self.engines):

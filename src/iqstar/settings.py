@@ -22,6 +22,8 @@ from iqstar.errors import InputError
 from iqstar.signatures import classes_in, hints, parameters, public_path, subclasses
 
 WRAPPERS = ("class_path", "init_args", "dict_kwargs")
+_NUMBER = re.compile(r"-(\.?\d|inf)")
+"""A value that begins as an option does."""
 CONFIG_FLAGS = ("--config", "-c")
 YAML_SUFFIXES = (".yaml", ".yml", ".json")
 DATA_KEYS = ("path", "heldout_path", "cache")
@@ -66,7 +68,7 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
     settings: list[Setting] = []
     for argument, following in pairwise([*arguments, ""]):
         flag, has_value, value = argument.partition("=")
-        if not flag.startswith("-"):
+        if not flag.startswith("-") or _NUMBER.match(flag):
             continue
         if not has_value:
             value = "" if following.startswith("--") else following

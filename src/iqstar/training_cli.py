@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from argparse import SUPPRESS
@@ -21,18 +20,18 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.multiprocessing import ProcessRaisedException
 
 from iqstar.alignment import AlignmentModule
 from iqstar.callbacks import KLLimit, PredictionWriter, SampleTable
 from iqstar.chatter import less_chatter
+from iqstar.checkpoint_callback import RunCheckpoint
 from iqstar.checkpoints import AtomicCheckpointIO, check_complete, newest_checkpoint
 from iqstar.data import PromptDataModule
 from iqstar.defaults import as_settings, default_model, default_trainer
-from iqstar.errors import InputError, NonFiniteLossError
+from iqstar.errors import InputError
 from iqstar.export_callback import Export
-from iqstar.precision import default_precision
+from iqstar.foreign_errors import explained
+from iqstar.precision import check_precision, default_precision
 from iqstar.preemption import Preemption
 from iqstar.progress import ProgressBar, WeightsLine
 from iqstar.run_folder import runs_folder
@@ -46,7 +45,7 @@ ROOTS = {
     "model": AlignmentModule,
     "data": PromptDataModule,
     "trainer": Trainer,
-    "checkpoint": ModelCheckpoint,
+    "checkpoint": RunCheckpoint,
     "export": Export,
     "summary": RunSummary,
     "kl": KLLimit,
@@ -54,7 +53,7 @@ ROOTS = {
     "predictions": PredictionWriter,
 }
 """Top-level keys of a config, and the classes that take what is below them."""
-KEYWORDS = ("best", "last", "hpc")
+KEYWORDS = ("last", "hpc")
 """What ``--ckpt_path`` may be besides a path."""
 CLI_OPTIONS: dict[str, Any] = {
     "model_class": AlignmentModule,
@@ -196,7 +195,9 @@ class IQStarCLI(LightningCLI):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         ends = [c for c in callbacks if isinstance(c, Export | RunSummary)]
         done = all(c.finished for c in ends if isinstance(c, RunSummary))
-        if done or not 0 < trainer.max_steps <= trainer.global_step:
+        epochs = trainer.fit_loop.epoch_progress.current.processed
+        ended = 0 < trainer.max_steps <= trainer.global_step
+        if done or not (ended or 0 < (trainer.max_epochs or 0) <= epochs):
             return
         if all(e.step != trainer.global_step for e in module.evaluations):
             trainer.validate(module, datamodule=self.datamodule, verbose=False)
@@ -223,15 +224,10 @@ class IQStarCLI(LightningCLI):
         own = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in own):
             own = [*own, AtomicCheckpointIO()]
-        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-            own = [*own, SLURMEnvironment(auto_requeue=False)]  # see iqstar.preemption
-        config["plugins"] = own
-        if config["precision"] == "16-mixed":
-            raise InputError(
-                "trainer.precision: 16-mixed is not supported, because its loss scaling expects "
-                "gradients that overflow, which stop a run here; use bf16-mixed or 32-true"
-            )
-        if config["max_steps"] > 0 and not asked_for_validation(config):
+        config["plugins"] = [*own, *_slurm()]
+        check_precision(str(config["precision"]))
+        counts_epochs = config.get("max_epochs") not in (None, -1)
+        if config["max_steps"] > 0 and not (counts_epochs or asked_for_validation(config)):
             # Before and after only: an evaluation costs as much as several steps.
             config |= {"check_val_every_n_epoch": None, "val_check_interval": sys.maxsize}
         callbacks = [*callbacks, WeightsLine(), Preemption()]
@@ -246,6 +242,16 @@ class IQStarCLI(LightningCLI):
         if isinstance(trainer.strategy, DDPStrategy):  # gradients are the buckets, no copy of them
             trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         return trainer
+
+
+def _slurm() -> list[SLURMEnvironment]:
+    """Lightning's view of a SLURM job, which :mod:`iqstar.preemption` queues again."""
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    try:
+        return [SLURMEnvironment(auto_requeue=False)]
+    except RuntimeError as error:  # --ntasks without --ntasks-per-node
+        raise InputError(f"the SLURM job: {error}") from error
 
 
 @contextmanager
@@ -269,41 +275,7 @@ def readable_errors(
         keys = [*ROOTS, "seed_everything", "config", *options]
         every = [*as_settings(default_model(settings)), *settings]
         raise Explainer(every, {**ROOTS, **classes}, keys).explain(error.message) from error
-    except MisconfigurationException as error:
-        raise InputError(f"trainer: {error}") from error
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        raise InputError(
-            f"{error.filename or 'a file'}: {error.strerror or error}; check that the place exists "
-            "and can be written (trainer.logger.init_args.save_dir names the run's folder)"
-        ) from error
     except Exception as error:
-        if inner := _input_error(error):
+        if inner := explained(error):
             raise inner from error
         raise
-
-
-def _input_error(error: BaseException) -> InputError | None:
-    """The InputError inside an exception of a library that wrapped it."""
-    if isinstance(error, ProcessRaisedException):  # of another process: only its text is here
-        found = re.findall(r"^iqstar\.errors\.(\w+): (.+)", str(error), flags=re.MULTILINE)
-        kinds = {"InputError": InputError, "NonFiniteLossError": NonFiniteLossError}
-        return kinds[found[-1][0]](found[-1][1]) if found and found[-1][0] in kinds else None
-    if "Error(s) in loading state_dict for" in str(error):
-        first = next((p for p in str(error).split("\n\t")[1:]), "").strip()
-        return InputError(
-            f"--ckpt_path: the checkpoint does not fit the model ({first}); give one of the same "
-            "model.policy"
-        )
-    if missing := re.search(r"Requirement '([^']+)' not met", str(error)):  # Lightning's own words
-        return InputError(
-            f"a class in the settings, such as trainer.logger, needs the package {missing[1]}; "
-            f"install it with: pip install '{missing[1]}'"
-        )
-    if "closed by peer" in str(error) or "reset by peer" in str(error):
-        return InputError("another process of this run stopped first; its own message says why")
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, InputError):
-        cause = cause.__cause__
-    return cause

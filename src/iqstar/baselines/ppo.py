@@ -177,10 +177,11 @@ class PPO(RewardedModule):
         tokens = micro.tokens
         losses = clipped_value_loss(values, tokens.values, tokens.returns, self.clip_value)
         total = total + self.value_coefficient * (losses * tokens.weight).sum()
+        scored = tokens.weight > 0
         return total, {
             **sums,
-            "value": values.detach().sum(),
-            "value_loss": losses.detach().sum(),
+            "value": (values.detach() * scored).sum(),
+            "value_loss": (losses.detach() * scored).sum(),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

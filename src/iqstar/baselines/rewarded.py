@@ -67,6 +67,8 @@ class RewardedModule(AlignmentModule):
                 "the measure shares the reward's mistakes; train one of them on others (--split a "
                 "and --split b of iqstar harm-judge)"
             )
+        if clip_ratio <= 0:
+            raise InputError(f"model.clip_ratio: must be positive, got {clip_ratio}")
         self.reward = reward
         self._judged = False
         self.loss = TokenPolicyGradientLoss(clip_ratio, AssignedAdvantage())
@@ -91,7 +93,8 @@ class RewardedModule(AlignmentModule):
         )
         if resuming:
             return [self.blank(part) for part in parts]
-        scores = torch.tensor(self._scored(rollout)).to(parts[0].tokens.reference)
+        found = torch.tensor(self._scored(rollout), dtype=torch.float64)
+        scores = found.to(parts[0].tokens.reference)
         sizes = [len(part.rollout) for part in parts]
         parts = [
             replace(part, scores=own, tokens=replace(part.tokens, weight=_known(part, own)))
@@ -175,7 +178,8 @@ class RewardedModule(AlignmentModule):
                 logprobs = token_logprobs(logits, tokens.actions)
                 losses = losses + self.kl_in_loss * sampled_kl(logprobs, tokens.reference)
             metrics |= token_metrics(logits.detach(), tokens, self.beta)
-            return losses * tokens.weight, metrics
+            scored = tokens.weight > 0
+            return losses * tokens.weight, {n: v * scored for n, v in metrics.items()}
 
         return head_loss(hidden, self.actor.head(self.temperature), per_token)
 

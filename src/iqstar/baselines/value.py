@@ -7,6 +7,7 @@ import copy
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from iqstar.mdp import TokenSequences
 from iqstar.policy import CausalLM
@@ -50,5 +51,6 @@ class ValueHead(nn.Module):
         if self.trunk is not None:
             hidden = self.trunk.hidden(sequences)
         with torch.autocast(hidden.device.type, enabled=False):
-            values: Tensor = self.linear(hidden.to(self.linear.weight.dtype))[:, 0]
-        return values
+            weight, bias = self.linear.weight, self.linear.bias  # in 16 bits under bf16-true
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            return linear(hidden.to(dtype), weight.to(dtype), bias.to(dtype))[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from iqstar.chat import ChatFormat, check_placement
@@ -27,6 +28,7 @@ class ToldEstimator(OptimalPolicyEstimator):
                 )
         check_placement(placement)
         self.texts = dict(texts)
+        self._written = dict(texts)  # by the user, whatever a control puts in their place
         self.placement = placement
         self.max_principle_tokens = max_principle_tokens
         self.model_name = model
@@ -34,7 +36,7 @@ class ToldEstimator(OptimalPolicyEstimator):
 
     def setup(self, spec: PolicySpec, chat: ChatFormat, precision: str) -> None:
         """See :meth:`OptimalPolicyEstimator.setup`."""
-        for name, text in self.texts.items():
+        for name, text in self._written.items():
             if (tokens := chat.count(text)) > self.max_principle_tokens:
                 raise InputError(
                     f"{KEY}.{name}: the text has {tokens} tokens, its budget is "
@@ -111,6 +113,8 @@ class ContrastiveEstimator(ToldEstimator):
     ) -> None:
         texts = {"principle": principle, "antiprinciple": antiprinciple}
         super().__init__(texts, placement, max_principle_tokens, model)
+        if not math.isfinite(strength):
+            raise InputError(f"{KEY}.strength: must be a finite number, got {strength}")
         self.strength = strength
 
     def estimate(
