@@ -11,7 +11,7 @@ LAYERS = [
     {"errors", "chatter", "allocator", "vllm_worker", "signatures", "run_folder"},
     {"mdp", "precision", "ranks", "fingerprint", "atomic", "adapters", "intervals", "templates"}
     | {"foreign_errors"},
-    {"ranking"},
+    {"ranking", "accumulation"},
     {"checkpoints"},
     {"sharding"},
     {"logprobs"},

@@ -19,7 +19,7 @@ from iqstar import decoding
 from iqstar.adapters import LoRASpec
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
-from iqstar.loading import _check_head, load_policy
+from iqstar.loading import _cast_matrices, _check_head, load_policy
 from iqstar.mdp import TokenSequences
 from iqstar.policy import CausalLM, PolicySpec
 from iqstar.rollouts import DatasetRollout, GenerateRollout
@@ -291,3 +291,22 @@ def test_attention_of_gpus_is_chosen_once_the_head_was_checked(tiny, monkeypatch
     policy = load(tiny, attn_implementation="flash_attention_2")
     assert seen == [("flash_attention_2", "sdpa")]
     assert policy.actor.model.forward is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_the_frozen_copy_is_a_copy_that_was_cast(tiny, tmp_path, tied, precision):
+    """Matrices are cast while they are copied, which must not show."""
+    folder = tiny if tied else tiny_folder(tmp_path / "untied", tie_word_embeddings=False)
+    whole = load(folder, "32-true").frozen
+    policy = load(folder, precision)
+    _cast_matrices(whole.model, precision)
+    found, expected = dict(policy.frozen.named_parameters()), dict(whole.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert weight.dtype == expected[name].dtype, name
+        assert torch.equal(weight, expected[name]), name
+        assert not weight.requires_grad
+    own = {p.data_ptr() for p in policy.actor.parameters()}
+    assert not own & {p.data_ptr() for p in found.values()}
+    assert {p.dtype for p in policy.actor.parameters()} == {torch.float32}

@@ -65,9 +65,7 @@ def make_policy(
         actor.model = with_adapters(actor.model, spec.lora)
         frozen = None
     else:
-        frozen = copy.deepcopy(actor) if reference else None
-        if frozen is not None:
-            _freeze(frozen, precision)
+        frozen = _frozen_copy(actor, precision) if reference else None
         actor.requires_grad_(True)
     if spec.gradient_checkpointing:
         actor.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -160,6 +158,18 @@ def _switch_attention(lm: CausalLM, name: str) -> None:
         ) from error
 
 
+def _frozen_copy(actor: CausalLM, precision: str) -> CausalLM:
+    """Its matrices are cast as they are copied: the model is never held in full twice."""
+    weights = [p for m in _matrices(actor.model) for p in m.parameters(recurse=False)]
+    dtype = AUTOCAST.get(precision)
+    cast: dict[int, Any] = {}  # what deepcopy takes for copied already
+    if dtype is not None:
+        cast = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in weights}
+    frozen = copy.deepcopy(actor, cast)
+    _freeze(frozen, precision)
+    return frozen
+
+
 def _freeze(model: CausalLM, precision: str) -> None:
     model.requires_grad_(False)
     model.eval()
@@ -171,15 +181,18 @@ def _cast_matrices(model: nn.Module, precision: str) -> None:
 
     Autocast would cast them at every product, to the same bits.
     """
-    dtype = AUTOCAST.get(precision)
-    if dtype is None:
-        return
+    if (dtype := AUTOCAST.get(precision)) is not None:
+        for module in _matrices(model):
+            module.to(dtype)
+
+
+def _matrices(model: nn.Module) -> list[nn.Module]:
+    """The layers whose products autocast takes in its dtype."""
     from transformers.pytorch_utils import Conv1D
 
     tied: Any = model.get_input_embeddings().weight  # type: ignore[operator]
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D) and module.weight is not tied:
-            module.to(dtype)
+    layers = (m for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
+    return [layer for layer in layers if layer.weight is not tied]
 
 
 @torch.no_grad()

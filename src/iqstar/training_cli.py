@@ -195,7 +195,7 @@ class IQStarCLI(LightningCLI):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         ends = [c for c in callbacks if isinstance(c, Export | RunSummary)]
         done = all(c.finished for c in ends if isinstance(c, RunSummary))
-        epochs = trainer.fit_loop.epoch_progress.current.processed
+        epochs = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         ended = 0 < trainer.max_steps <= trainer.global_step
         if done or not (ended or 0 < (trainer.max_epochs or 0) <= epochs):
             return
