@@ -18,13 +18,13 @@ from iqstar.mdp import TokenCredits
 
 Sums = Mapping[str, Tensor | tuple[Tensor, Tensor]]
 """What a method measures in a micro-batch: sums over its tokens, or sums with their own counts."""
+TOKEN_METRICS = ("implied_reward", "kl", "entropy")
+"""What :func:`token_metrics` measures."""
 TRAIN_MEANS = (
     "loss",
     "credit",
     "credit_square",
-    "implied_reward",
-    "kl",
-    "entropy",
+    *TOKEN_METRICS,
     "response_length",
     "truncation_rate",
     "eos_rate",

@@ -21,6 +21,7 @@ from iqstar.baselines.kl_penalty import FixedKL, KLPenalty
 from iqstar.baselines.rewarded import RewardedModule
 from iqstar.baselines.value import ValueHead
 from iqstar.credit import whitening
+from iqstar.curves import Sums
 from iqstar.errors import InputError
 from iqstar.judges import Judge
 from iqstar.mdp import TokenCredits
@@ -168,7 +169,7 @@ class PPO(RewardedModule):
             micro, tokens=ValuedTokens(**vars(micro.tokens), values=empty, returns=empty)
         )
 
-    def losses(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, micro: MicroBatch) -> tuple[Tensor, Sums]:
         """Policy and value losses; see :meth:`AlignmentModule.losses`."""
         assert isinstance(micro.tokens, ValuedTokens)
         hidden = self.actor.hidden(micro.sequences)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from iqstar.alignment import AlignmentModule
 from iqstar.assignment import MicroBatch, assign_credit
-from iqstar.curves import token_metrics
+from iqstar.curves import TOKEN_METRICS, Sums, token_metrics
 from iqstar.errors import InputError
 from iqstar.estimators import NullEstimator
 from iqstar.head import head_loss
@@ -157,14 +157,16 @@ class RewardedModule(AlignmentModule):
         """A micro-batch whose advantages follow from a checkpoint."""
         return micro
 
-    def losses(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, micro: MicroBatch) -> tuple[Tensor, Sums]:
         """The clipped policy gradient; see :meth:`AlignmentModule.losses`."""
         return self.policy_loss(micro, self.actor.hidden(micro.sequences))
 
     def policy_loss(
         self, micro: MicroBatch, hidden: Float[Tensor, "tokens dim"]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Sums]:
         """Weighted sum of the policy's token losses, and its metrics.
+
+        What the judge has no part in is of all tokens; the rest is of those with a score.
 
         Args:
             micro: Rows that are trained on together.
@@ -177,11 +179,14 @@ class RewardedModule(AlignmentModule):
             if self.kl_in_loss:
                 logprobs = token_logprobs(logits, tokens.actions)
                 losses = losses + self.kl_in_loss * sampled_kl(logprobs, tokens.reference)
+            metrics = {name: value * (tokens.weight > 0) for name, value in metrics.items()}
             metrics |= token_metrics(logits.detach(), tokens, self.beta)
-            scored = tokens.weight > 0
-            return losses * tokens.weight, {n: v * scored for n, v in metrics.items()}
+            return losses * tokens.weight, metrics
 
-        return head_loss(hidden, self.actor.head(self.temperature), per_token)
+        total, sums = head_loss(hidden, self.actor.head(self.temperature), per_token)
+        count = total.new_tensor(float(len(micro.tokens)))
+        of_all = {name: (sums[name], count) for name in TOKEN_METRICS}
+        return total, {**sums, **of_all}
 
 
 def _known(micro: MicroBatch, scores: Float[Tensor, " batch"]) -> Float[Tensor, " tokens"]:
