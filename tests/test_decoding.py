@@ -19,6 +19,7 @@ from transformers import (
 
 from iqstar import decoding
 from iqstar.decoding import decode, fits, generate, read
+from iqstar.kv_cache import RolloutCache
 from iqstar.sampling import CategoricalSampler, ForcedDraws, uniform_numbers
 from tiny import tiny_model
 
@@ -167,6 +168,20 @@ def test_the_cache_is_as_small_as_attention_allows(precision, dtype):
     with torch.autocast("cpu", torch.bfloat16, enabled=precision is not None), torch.no_grad():
         cache = read(model, PROMPTS, LIMIT - 1, CPU).cache
     assert cache.nbytes == 2 * 2 * 5 * (20 + LIMIT - 1) * 2 * 8 * dtype.itemsize
+
+
+def test_prompts_are_read_in_the_dtype_that_they_are_held_in(monkeypatch):
+    """A batch of prompts beside the rollout's cache takes no more than its own size there."""
+    seen, model = [], tiny_model()
+    store = RolloutCache.store
+    monkeypatch.setattr(
+        RolloutCache,
+        "store",
+        lambda cache, prompts, *rest: (seen.append(prompts), store(cache, prompts, *rest)),
+    )
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        read(model, PROMPTS, LIMIT - 1, CPU)
+    assert {layer.keys.dtype for prompts in seen for layer in prompts.layers} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(

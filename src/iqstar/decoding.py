@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, StoppingCriteriaList
 
-from iqstar.kv_cache import RolloutCache, holds
+from iqstar.kv_cache import RolloutCache, holds, reading_cache
 from iqstar.sampling import ForcedDraws
 
 READ_AT_ONCE = 8192
@@ -198,7 +198,7 @@ def _forward(
         device: Where the model computes.
     """
     ids, mask = _padded(prompts, device)
-    known, cache = 0, DynamicCache(config=model.config)
+    known, cache = 0, reading_cache(model.config)
     if before is not None:
         known, rows = before.get_seq_length(), len(prompts)
         mask = torch.cat([mask.new_ones(rows, known), mask], dim=1)

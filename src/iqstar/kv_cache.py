@@ -67,13 +67,40 @@ class RolloutLayer(DynamicLayer):
         return self.keys, self.values
 
 
+class ReadingLayer(DynamicLayer):
+    """Keys and values of one layer while prompts are read, under autocast in its dtype too."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Adds tokens; returns all keys and values so far."""
+        new = (states.to(_held_dtype(states)) for states in (key_states, value_states))
+        return super().update(*new, *args, **kwargs)
+
+
+def reading_cache(config: Any) -> DynamicCache:
+    """The cache that a model would make to read prompts, with layers that hold them as a rollout.
+
+    Args:
+        config: Of a model that a rollout's cache :func:`holds`.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [ReadingLayer() if type(x) is DynamicLayer else x for x in cache.layers]
+    return cache
+
+
+def _held_dtype(states: Tensor) -> torch.dtype:
+    kind = states.device.type
+    if states.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return states.dtype
+
+
 def _room(
     states: Float[Tensor, "prompts groups seq size"], rows: int, length: int
 ) -> Float[Tensor, "batch groups length size"]:
-    dtype, kind = states.dtype, states.device.type
-    if dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    return states.new_empty((rows, states.shape[1], length, states.shape[3]), dtype=dtype)
+    shape = (rows, states.shape[1], length, states.shape[3])
+    return states.new_empty(shape, dtype=_held_dtype(states))
 
 
 def _layers(cache: DynamicCache) -> list[Any]:
