@@ -7,6 +7,7 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
@@ -310,3 +311,16 @@ def test_the_frozen_copy_is_a_copy_that_was_cast(tiny, tmp_path, tied, precision
     own = {p.data_ptr() for p in policy.actor.parameters()}
     assert not own & {p.data_ptr() for p in found.values()}
     assert {p.dtype for p in policy.actor.parameters()} == {torch.float32}
+
+
+def test_end_tokens_are_those_of_the_revision(tiny, monkeypatch):
+    seen = []
+
+    def read(folder, revision=None):
+        seen.append((folder, revision))
+        raise OSError("no such file")
+
+    monkeypatch.setattr(GenerationConfig, "from_pretrained", read)
+    PolicySpec(model=str(tiny), revision="abc").chat()
+    PolicySpec(model=str(tiny)).chat()
+    assert seen == [(str(tiny), "abc"), (str(tiny), "main")]
