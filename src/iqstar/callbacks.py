@@ -13,7 +13,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from iqstar.alignment import AlignmentModule
-from iqstar.baselines import DPO
 from iqstar.errors import InputError
 from iqstar.evaluation import Evaluation
 from iqstar.run_folder import run_folder
@@ -86,8 +85,7 @@ class KLLimit(Callback):
             InputError: If the responses are not the policy's own: what they estimate is no KL.
         """
         assert isinstance(pl_module, AlignmentModule)
-        own = pl_module.rollout.on_policy and not isinstance(pl_module, DPO)
-        if self.limit is not None and not own:
+        if self.limit is not None and not pl_module.on_policy:
             raise InputError(
                 "kl.limit: train/kl estimates the KL from responses that the policy samples, and "
                 "this run trains on others; leave kl.limit out, and see val/kl"

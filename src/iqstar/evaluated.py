@@ -82,6 +82,11 @@ class EvaluatedModule(LightningModule):
         self.val_means = TokenMeans(("kl", "entropy"))
         self._val_samples: list[Sample] = []
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether the responses that are trained on are the policy's own."""
+        return self.rollout.on_policy
+
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Samples responses to held-out prompts and measures them (see ``iqstar.evaluation``)."""
         assert self.policy is not None

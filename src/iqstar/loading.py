@@ -159,7 +159,7 @@ def _switch_attention(lm: CausalLM, name: str) -> None:
 
 
 def _frozen_copy(actor: CausalLM, precision: str) -> CausalLM:
-    """Its matrices are cast as they are copied: the model is never held in full twice."""
+    """Under autocast its matrices are cast as they are copied: never is all of it held twice."""
     weights = [p for m in _matrices(actor.model) for p in m.parameters(recurse=False)]
     dtype = AUTOCAST.get(precision)
     cast: dict[int, Any] = {}  # what deepcopy takes for copied already

@@ -126,8 +126,12 @@ def given_settings(command: str, arguments: list[str]) -> list[Setting]:
 
 
 def asked_for_validation(config: Mapping[str, Any]) -> bool:
-    """Whether the trainer's settings name an interval of validation."""
-    return config.get("val_check_interval") is not None or config["check_val_every_n_epoch"] != 1
+    """Whether the trainer's settings name an interval of validation; epochs are one."""
+    return (
+        config.get("val_check_interval") is not None
+        or config["check_val_every_n_epoch"] != 1
+        or config.get("max_epochs") not in (None, -1)
+    )
 
 
 class IQStarCLI(LightningCLI):
@@ -226,8 +230,7 @@ class IQStarCLI(LightningCLI):
             own = [*own, AtomicCheckpointIO()]
         config["plugins"] = [*own, *_slurm()]
         check_precision(str(config["precision"]))
-        counts_epochs = config.get("max_epochs") not in (None, -1)
-        if config["max_steps"] > 0 and not (counts_epochs or asked_for_validation(config)):
+        if config["max_steps"] > 0 and not asked_for_validation(config):
             # Before and after only: an evaluation costs as much as several steps.
             config |= {"check_val_every_n_epoch": None, "val_check_interval": sys.maxsize}
         callbacks = [*callbacks, WeightsLine(), Preemption()]

@@ -58,6 +58,7 @@ class DPO(AlignmentModule):
 
     kept = ()
     curves = ("accuracy", "margin")
+    on_policy = False  # whatever the rollout engine, which serves evaluations only
 
     def __init__(
         self, policy: PolicySpec, beta: float = 0.1, label_smoothing: float = 0.0, **shared: Any
