@@ -8,52 +8,28 @@ from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from iqstar.accumulation import accumulation_window
 from iqstar.assignment import MicroBatch, credit_rows
-from iqstar.chat import ChatFormat
 from iqstar.curves import TRAIN_MEANS, Sums, micro_batch_sums, window_curves
 from iqstar.errors import InputError, NonFiniteLossError
-from iqstar.evaluated import EvaluatedModule
 from iqstar.judges import Judge
-from iqstar.loading import load_policy
 from iqstar.mdp import Prompt, PromptBatch, Rollout
 from iqstar.metrics import TokenMeans
-from iqstar.optim import (
-    OptimizerFactory,
-    Schedule,
-    WarmupCosine,
-    default_optimizer,
-    parameter_groups,
-)
+from iqstar.optim import OptimizerFactory, Schedule, default_optimizer
 from iqstar.policy import PolicySpec
-from iqstar.ranks import gather, global_sum
-from iqstar.resume import (
-    check_same_frozen,
-    count_batches_as_the_loader,
-    frozen_fingerprints,
-    make_up_evaluation,
-    owes_evaluation,
-    random_state,
-    rollout_from,
-    rollout_state,
-    set_random_state,
-    warn_inside_window,
-    with_kept,
-)
+from iqstar.ranks import global_sum
+from iqstar.resume import rollout_from, rollout_state, with_kept
 from iqstar.rollouts import GenerateRollout, RolloutEngine, rollout_seed
-from iqstar.sharding import whole
+from iqstar.trained import TrainedModule
 
 
-class AlignmentModule(EvaluatedModule, ABC):
+class AlignmentModule(TrainedModule):
     """A policy that is trained on the micro-batches of one rollout after another.
 
     Args:
@@ -75,7 +51,8 @@ class AlignmentModule(EvaluatedModule, ABC):
 
     beta: float = 1.0
     """Unit of credit; the methods that have none report in nats."""
-    beta_power: int = 0  # the method's own objective is β to this power times the loss
+    beta_power: int = 0
+    """The method's own objective is β to this power times the loss."""
     kept: ClassVar[tuple[str, ...]] = ("behaviour",)
     """What of :class:`TokenCredits` a resumed run cannot compute again inside a rollout."""
     curves: ClassVar[tuple[str, ...]] = ()
@@ -95,7 +72,8 @@ class AlignmentModule(EvaluatedModule, ABC):
         eval_samples: int = 4,
         seed: int = 0,
     ) -> None:
-        super().__init__(rollout or GenerateRollout(), judge, eval_samples, seed)
+        engine = rollout or GenerateRollout()
+        super().__init__(policy, engine, optimizer, schedule, judge, eval_samples, seed)
         if not (math.isfinite(temperature) and temperature > 0):
             raise InputError(f"model.temperature: must be a positive number, got {temperature}")
         for name, number in (
@@ -105,25 +83,16 @@ class AlignmentModule(EvaluatedModule, ABC):
         ):
             if number < 1:
                 raise InputError(f"model.{name}: must be at least 1, got {number}")
-        self.spec = policy
-        self.optimizer = optimizer
-        self.schedule = schedule or WarmupCosine()
         self.temperature = temperature
         self.micro_batch_size = micro_batch_size
         self.epochs_per_rollout = epochs_per_rollout
         self.mask_truncated = mask_truncated
-        self.strict_loading = False  # frozen weights are not in checkpoints
         self.train_means = TokenMeans((*TRAIN_MEANS, *self.curves))
-        self.recipe: str | None = None
-        self.command: str | None = None
         self._buffer: list[MicroBatch] = []
         self._buffer_seed = 0
-        self._owes_evaluation = False
         self._batch: PromptBatch | None = None
-        self._resumed: dict[str, Any] | None = None
         self._saved_rollout: dict[str, Any] | None = None
         self._window_weight = torch.zeros(())
-        self._grad_norm = torch.zeros(())
 
     # -- what a method says ------------------------------------------------------------------
 
@@ -150,39 +119,10 @@ class AlignmentModule(EvaluatedModule, ABC):
             micro: Rows that are trained on together.
         """
 
-    @property
-    def frozen_parts(self) -> nn.Module:
-        """Frozen models beside the reference."""
-        return nn.Module()
-
-    def trained_parts(self) -> Sequence[nn.Module]:
-        """The modules whose weights are trained."""
-        return (self.actor,)
-
-    def saved_parts(self) -> Sequence[nn.Module]:
-        """Frozen modules that a run changes, so that checkpoints must hold them too."""
-        return ()
-
     def before_rollout(self) -> None:
         """Called when the last rollout is done with, and the next one is due."""
 
-    def frozen_precision(self, precision: str) -> str:
-        """In which the reference is held; see :func:`iqstar.loading.load_policy`."""
-        return precision
-
-    def prepare(self, precision: str) -> None:
-        """Loads what the method needs beside the policy; called once.
-
-        Args:
-            precision: The trainer's.
-        """
-
-    # -- set-up ------------------------------------------------------------------------------
-
-    @cached_property
-    def chat(self) -> ChatFormat:
-        """The policy's tokenizer and chat format; reads no weights."""
-        return self.spec.chat()
+    # -- for the data module -----------------------------------------------------------------
 
     def count_prompt_tokens(self, prompt: Prompt) -> int:
         """Tokens of a rendered prompt; the data module asks for it."""
@@ -192,43 +132,6 @@ class AlignmentModule(EvaluatedModule, ABC):
         """Training steps on the rollout of that many prompts; the data module asks for it."""
         rows = prompts * self.rollout.responses_per_prompt
         return math.ceil(rows / (self.micro_batch_size or rows)) * self.epochs_per_rollout
-
-    def configure_model(self) -> None:
-        """Loads the models; called by the trainer on every rank, and again without effect."""
-        if self.policy is not None:
-            return
-        precision = str(self.trainer.precision)
-        needed = self.rollout.needs_reference(self.trainer)
-        with torch.device("cpu"):  # not Lightning's device: it moves all of this module at once
-            held = self.frozen_precision(precision)
-            self.policy = load_policy(self.spec, self.chat, held, reference=needed)
-            self.actor, self.frozen = self.policy.actor, self.policy.frozen
-            self.prepare(precision)
-
-    def trained_weights(self) -> Iterator[nn.Parameter]:
-        """The weights that are trained."""
-        for part in self.trained_parts():
-            yield from (p for p in part.parameters() if p.requires_grad)
-
-    def configure_optimizers(self) -> Any:
-        """The optimiser over the trained weights, and its schedule."""
-        optimizer = self.optimizer(parameter_groups(nn.ModuleList(self.trained_parts())))
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise InputError("trainer.max_steps: the schedule needs the number of steps; set it")
-        scheduler = self.schedule.build(optimizer, int(steps))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"},
-        }
-
-    def train(self, mode: bool = True) -> AlignmentModule:
-        """Switches the policy; frozen models stay in evaluation mode."""
-        super().train(mode)
-        for frozen in (getattr(self, "frozen", None), self.frozen_parts):
-            if frozen is not None:
-                frozen.train(False)
-        return self
 
     # -- the method --------------------------------------------------------------------------
 
@@ -312,8 +215,7 @@ class AlignmentModule(EvaluatedModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Logs the curves of the accumulation window; the gradient norm is that before clipping."""
-        grads = [p.grad for p in self.trained_weights() if p.grad is not None]
-        norm = self._grad_norm = whole(torch.nn.utils.get_total_norm(grads))
+        norm = self.gradient_norm()
         if not torch.isfinite(norm):
             raise self._non_finite("gradient norm")
         if self._window_weight == 0:  # nothing to learn from: momentum and decay shall rest too
@@ -334,32 +236,22 @@ class AlignmentModule(EvaluatedModule, ABC):
         self.log("loss", means["loss"].float(), prog_bar=True, logger=False)
         self.log("kl", means["kl"].float(), prog_bar=True, logger=False)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips by the norm that was just logged; Lightning would take it once more."""
-        if gradient_clip_algorithm == "value":
-            super().configure_gradient_clipping(
-                optimizer, gradient_clip_val, gradient_clip_algorithm
-            )
-        elif gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.trained_weights(), float(gradient_clip_val), self._grad_norm
-            )
-
     def on_train_start(self) -> None:
-        """Starts the clock of the throughput curve; a resumed rank goes on where it stopped."""
-        if self._owes_evaluation:
-            self._owes_evaluation = False
-            make_up_evaluation(self.trainer)
-        if self._resumed is not None:
-            set_random_state(self._resumed["random"])
-            self._saved_rollout, self._resumed = self._resumed["rollout"], None
-        count_batches_as_the_loader(self.trainer)
+        """Starts the clock of the throughput curve."""
+        super().on_train_start()
         self.progress.clock = time.perf_counter()
+
+    # -- resuming ----------------------------------------------------------------------------
+
+    def unfinished(self) -> dict[str, Any] | None:
+        """The rollout, its seed and :attr:`kept`, where updates on it are still to come."""
+        if self._batch is None or self._batch.step + 1 >= self._batch.steps:
+            return None
+        return rollout_state(self._buffer, self._buffer_seed, self.kept)
+
+    def go_on_from(self, unfinished: dict[str, Any] | None) -> None:
+        """Keeps it until the next training step, where frozen models score it once more."""
+        self._saved_rollout = unfinished
 
     # -- predictions ------------------------------------------------------------------------
 
@@ -373,55 +265,6 @@ class AlignmentModule(EvaluatedModule, ABC):
             for micro in self.assign_unchanged(rollout, seed)
             for row in credit_rows(self.policy, micro, self.rollout, self.beta, self.temperature)
         ]
-
-    # -- checkpoints -------------------------------------------------------------------------
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained weights, and frozen ones that changed: others are loaded as they were."""
-        changed = {id(p) for part in self.saved_parts() for p in part.parameters()}
-        trained = {n for n, p in self.named_parameters() if p.requires_grad or id(p) in changed}
-        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in trained}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what has been done and measured so far, and what each rank needs to go on."""
-        warn_inside_window(self.trainer)
-        batch = self._batch
-        inside = batch is not None and batch.step + 1 < batch.steps
-        rank = {
-            "random": random_state(),
-            "rollout": rollout_state(self._buffer, self._buffer_seed, self.kept)
-            if inside
-            else None,
-        }
-        checkpoint["iqstar"] = self.measured() | {
-            "owes_evaluation": owes_evaluation(self.trainer, self.evaluations),
-            "frozen": frozen_fingerprints(self.policy, self.frozen_parts),
-            "precision": str(self.trainer.precision),
-            "recipe": self.recipe,
-            "command": self.command,
-            "ranks": gather(rank),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks that the checkpoint is one of this model, and takes up its records."""
-        weights = checkpoint.get("state_dict")  # sharded ones are loaded and checked elsewhere
-        if weights is not None and (missing := set(self.state_dict()) - set(weights)):
-            raise InputError(
-                f"--ckpt_path: the checkpoint lacks {len(missing)} trained weights, {min(missing)} "
-                "among them; it belongs to another model or another model.policy.lora"
-            )
-        if (saved := checkpoint.get("iqstar")) is None:
-            return
-        check_same_frozen(saved["frozen"], frozen_fingerprints(self.policy, self.frozen_parts))
-        if saved["precision"] != str(self.trainer.precision):
-            rank_zero_warn(
-                f"The checkpoint was trained with trainer.precision={saved['precision']}, this run "
-                f"has {self.trainer.precision}: it will not go on exactly as it would have"
-            )
-        self.take_up(saved)
-        self._owes_evaluation = saved.get("owes_evaluation", False)
-        if len(saved["ranks"]) == self.trainer.world_size:
-            self._resumed = saved["ranks"][self.global_rank]
 
     # -- small helpers -----------------------------------------------------------------------
 
