@@ -19,7 +19,7 @@ from iqstar.loading import load_policy
 from iqstar.policy import PolicySpec
 from iqstar.rollouts import rollout_seed
 from iqstar.vllm_rollout import VLLMRollout
-from iqstar.weight_files import effective_weights, plain_model
+from iqstar.weight_files import effective_weights
 from tiny import tiny_folder
 from vllm_stand_in import stand_in
 
@@ -200,7 +200,7 @@ def test_merged_weights_give_the_adapted_models_outputs(tiny):
     with torch.no_grad():
         ours, theirs = policy.actor.model.eval()(ids).logits, plain.model.eval()(ids).logits
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-    assert "lora" not in "".join(dict(plain_model(plain).named_parameters()))
+    assert "lora" not in "".join(dict(plain.plain.named_parameters()))
 
 
 def test_adapters_of_embeddings_cannot_be_merged(tiny, server):

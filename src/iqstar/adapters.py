@@ -69,11 +69,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     """PEFT's layers without their adapters.
 
     Unlike PEFT's own context it leaves ``requires_grad`` alone, which would not reach weights
-    that are gathered from shards.
+    that are gathered from shards. Within itself it changes nothing.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    tuned = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    layers = [layer for layer in tuned if not layer._disable_adapters]
     for layer in layers:
         layer._disable_adapters = True
     try:

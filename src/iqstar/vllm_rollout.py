@@ -20,7 +20,7 @@ from iqstar.ranks import gather, world_size
 from iqstar.rollouts import _ended, rollout_seed
 from iqstar.vllm_engines import KEY, Engine, InProcess, Request, Response, Server
 from iqstar.vllm_worker import SHAPE
-from iqstar.weight_files import effective_weights, plain_model, weight_folder
+from iqstar.weight_files import effective_weights, weight_folder
 
 _log = logging.getLogger(__name__)
 _NEVER = -1e9
@@ -239,7 +239,7 @@ class VLLMRollout(RolloutEngine):
 
 def _check_same_model(ours: CausalLM, served: dict[str, Any], name: str) -> None:
     """Raises an InputError unless the policy's weights fit into what vLLM serves."""
-    config = plain_model(ours).config.get_text_config()
+    config = ours.plain.config.get_text_config()
     for setting in SHAPE:
         own = getattr(config, setting, None)
         if own != served[setting]:

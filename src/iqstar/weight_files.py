@@ -22,11 +22,6 @@ from iqstar.sharding import full_state_dict, is_sharded
 _MEMORY = Path("/dev/shm")
 
 
-def plain_model(actor: CausalLM) -> Any:
-    """The transformers model, without PEFT's wrapper around it."""
-    return actor.model.get_base_model() if hasattr(actor.model, "peft_config") else actor.model
-
-
 @torch.no_grad()
 def effective_weights(actor: CausalLM) -> dict[str, Tensor]:
     """What the policy computes with, by the names of the plain model; the policy is left alone.
@@ -41,7 +36,7 @@ def effective_weights(actor: CausalLM) -> dict[str, Tensor]:
     prefix = "model.base_model.model." if adapted else "model."
     state = full_state_dict(actor) if is_sharded(actor) else actor.state_dict()
     weights = {name.removeprefix(prefix): tensor.detach() for name, tensor in state.items()}
-    return _merged(weights, plain_model(actor)) if adapted and weights else weights
+    return _merged(weights, actor.plain) if adapted and weights else weights
 
 
 def _merged(weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
@@ -88,7 +83,7 @@ def weight_folder(
     Raises:
         InputError: If they cannot be written.
     """
-    model, kind = plain_model(actor), getattr(torch, dtype)
+    model, kind = actor.plain, getattr(torch, dtype)
     written = {n: w.to("cpu", kind if w.is_floating_point() else None) for n, w in weights.items()}
     untie(written, model.all_tied_weights_keys)
     parent = parent or _roomy(sum(w.nbytes for w in written.values()))
