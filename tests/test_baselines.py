@@ -23,6 +23,7 @@ from iqstar.baselines.dpo import dpo_losses
 from iqstar.checkpoints import AtomicCheckpointIO
 from iqstar.curves import micro_batch_sums
 from iqstar.errors import InputError
+from iqstar.mdp import PromptBatch
 from iqstar.optim import Constant
 from iqstar.rollouts import DatasetRollout, GenerateRollout
 from judging import Broken, Gaps, Tiring, Vowels
@@ -604,3 +605,11 @@ def test_curves_leave_out_responses_without_a_score(tiny, kind):
 def test_a_ratio_that_is_never_clipped_is_named_by_its_key(tiny, kind):
     with pytest.raises(InputError, match=r"model\.clip_ratio: must be positive, got 0"):
         build(kind, tiny, clip_ratio=0.0)
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_predictions_of_dpo_are_no_pairs(tiny, prompts):
+    """An odd number of responses: each has its row, and nobody gave it credit."""
+    module = attach(DPO(PolicySpec(model=str(tiny)), rollout=GenerateRollout(4)))
+    rows = module.predict_step(PromptBatch(prompts=PROMPTS[:prompts]), 0)
+    assert len(rows) == prompts

@@ -196,6 +196,36 @@ def test_a_stop_around_an_evaluation_loses_none_of_it(tmp_path, tiny, when):
     assert all(torch.equal(weights(calm)[name], value) for name, value in weights(stopped).items())
 
 
+def test_a_stop_in_an_evaluation_that_is_made_up_keeps_the_rollout(tmp_path, tiny):
+    """Both times inside a rollout, of four steps; the second before a step has taken it up."""
+    settings = {
+        "trainer__max_steps": 6,
+        "trainer__val_check_interval": 2,
+        "trainer__check_val_every_n_epoch": None,
+        "data__init_args__val_prompts": 4,
+        "data__init_args__eval_batch_size": 2,
+        "model__init_args__micro_batch_size": 1,
+        "summary": {"examples": 0},
+    }
+    stopped, calm = tmp_path / "stopped", tmp_path / "calm"
+    stopped.mkdir()
+    calm.mkdir()
+    last: list[str] = []
+    for when in ({"step": 1}, {"step": 2, "batch": 0}):
+        told = {"class_path": "dying.Stopped", "init_args": when}
+        config = configure(stopped, tiny, **settings, trainer__callbacks=[told])
+        code, output = end(launch("-m", "iqstar.cli", "fit", "--config", str(config), *last))
+        assert code == 143, output
+        last = ["--ckpt_path", "last"]
+    newest = newest_checkpoint(stopped)
+    assert newest is not None
+    assert read_checkpoint(newest)["iqstar"]["ranks"][0]["rollout"] is not None
+    config = configure(stopped, tiny, **settings)
+    assert main(["fit", "--config", str(config), *last]) == 0
+    assert main(["fit", "--config", str(configure(calm, tiny, **settings))]) == 0
+    assert all(torch.equal(weights(calm)[name], value) for name, value in weights(stopped).items())
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_first(tmp_path, tiny, name):
     """In a SLURM job, after its warning, the job is queued again."""

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from iqstar.data import BeaverTailsPairs, HHPairs, JSONLPairs, SafeRLHFPairs
+from iqstar.data import JSONL, BeaverTailsPairs, HHPairs, JSONLPairs, SafeRLHFPairs
+from iqstar.data.beavertails import audit_answers
+from iqstar.data.jsonl import parse_row
 from iqstar.errors import InputError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -96,6 +98,16 @@ def test_beavertails_pairs_a_safe_answer_with_an_unsafe_one(tmp_path):
     assert pairs_of(data) == {"a": ("good", "bad")}
 
 
+def test_labels_that_are_text_are_no_labels(tmp_path):
+    """As a detour over CSV leaves them: "False" would count as true."""
+    rows = [{"prompt": "q", "response": f"a {s}", "is_safe": s} for s in ("True", "False")]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: is_safe must be true or false"):
+        pairs_of(BeaverTailsPairs(path=path, val_prompts=0))
+    assert audit_answers(rows)["safe"] == 0
+    assert audit_answers(rows)["details"]["no_label"] == 2
+
+
 def test_saferlhf_prefers_the_safer_response(tmp_path):
     rows = [
         {"prompt": q, "response_0": "x", "response_1": "y", "safer_response_id": safer}
@@ -164,6 +176,8 @@ def test_a_reply_that_was_cut_says_so(tmp_path):
     data.setup()
     (prompt,) = [*data.train_prompts, *data.heldout_prompts]
     assert (prompt.complete, prompt.rejected_complete) == (True, False)
+    assert parse_row({"prompt": "q", "response": "yes"}).complete
+    assert not parse_row({"prompt": "q", "response": "yes and", "complete": False}).complete
 
 
 @pytest.mark.parametrize(
@@ -181,6 +195,13 @@ def test_a_reply_that_was_cut_says_so(tmp_path):
             JSONLPairs,
             {"prompt": "a", "chosen": "yes", "rejected": "no", "chosen_complete": 1},
             "chosen_complete must be true or false, found 1",
+        ),
+        (JSONL, {"prompt": "a", "response": "x", "complete": "no"}, "complete must be true or"),
+        (
+            JSONL,
+            {"messages": [{"role": r, "content": "b"} for r in ("user", "assistant")]}
+            | {"response": "x"},
+            "the messages end with another response than response; keep one",
         ),
         (
             SafeRLHFPairs,

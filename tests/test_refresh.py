@@ -100,6 +100,16 @@ def test_a_resumed_run_goes_on_exactly(tiny, tmp_path, of):
     assert same_bits(weights(straight.frozen), weights(second.frozen))
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_renewal_can_neither_begin_nor_end_at_a_resume(tiny, tmp_path, before):
+    path, more = tmp_path / "stop.ckpt", {"batch_size": 4, "plugins": [AtomicCheckpointIO()]}
+    moving, plain = make_module(tiny, refresh=EMARefresh()), make_module(tiny)
+    first, second = (moving, plain) if before else (plain, moving)
+    fit(first, PROMPTS, max_steps=2, callbacks=[SaveAt(1, path)], **more)
+    with pytest.raises(InputError, match=r"frozen.*give model\.refresh as that run"):
+        fit(second, PROMPTS, max_steps=2, ckpt_path=path, **more)
+
+
 def test_without_a_renewal_checkpoints_hold_the_trained_weights_only(tiny):
     module = attach(make_module(tiny))
     assert not any(name.startswith(("frozen", "estimator")) for name in module.state_dict())

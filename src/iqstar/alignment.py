@@ -245,6 +245,8 @@ class AlignmentModule(TrainedModule):
 
     def unfinished(self) -> dict[str, Any] | None:
         """The rollout, its seed and :attr:`kept`, where updates on it are still to come."""
+        if self._saved_rollout is not None:  # not yet taken up again
+            return self._saved_rollout
         if self._batch is None or self._batch.step + 1 >= self._batch.steps:
             return None
         return rollout_state(self._buffer, self._buffer_seed, self.kept)

@@ -162,15 +162,15 @@ class TrainedModule(EvaluatedModule, ABC):
     # -- steps -------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Goes on where a resumed run stopped: an evaluation it owes, random state, its rollout."""
-        if self._owes_evaluation:
-            self._owes_evaluation = False
-            make_up_evaluation(self.trainer)
+        """Goes on where a resumed run stopped: its rollout, random state, an evaluation it owes."""
+        count_batches_as_the_loader(self.trainer)
         if self._resumed is not None:
             set_random_state(self._resumed["random"])
             self.go_on_from(self._resumed["rollout"])
             self._resumed = None
-        count_batches_as_the_loader(self.trainer)
+        if self._owes_evaluation:  # last, since checkpoints are made in it and at its end
+            self._owes_evaluation = False
+            make_up_evaluation(self.trainer)
 
     def gradient_norm(self) -> Tensor:
         """Over all trained weights and ranks, before clipping."""
@@ -217,11 +217,8 @@ class TrainedModule(EvaluatedModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Checks that the checkpoint is one of this model, and takes up its records."""
         weights = checkpoint.get("state_dict")  # sharded ones are loaded and checked elsewhere
-        if weights is not None and (missing := set(self.state_dict()) - set(weights)):
-            raise InputError(
-                f"--ckpt_path: the checkpoint lacks {len(missing)} trained weights, {min(missing)} "
-                "among them; it belongs to another model or another model.policy.lora"
-            )
+        if weights is not None:
+            self._check_weights(set(weights))
         if (saved := checkpoint.get("iqstar")) is None:
             return
         check_same_frozen(saved["frozen"], frozen_fingerprints(self.policy, self.frozen_parts))
@@ -234,3 +231,19 @@ class TrainedModule(EvaluatedModule, ABC):
         self._owes_evaluation = saved.get("owes_evaluation", False)
         if len(saved["ranks"]) == self.trainer.world_size:
             self._resumed = saved["ranks"][self.global_rank]
+
+    def _check_weights(self, saved: set[str]) -> None:
+        own = set(self.state_dict())
+        moved = {n for n, p in self.named_parameters() if n in own and not p.requires_grad}
+        if missing := own - saved - moved:
+            raise InputError(
+                f"--ckpt_path: the checkpoint lacks {len(missing)} trained weights, {min(missing)} "
+                "among them; it belongs to another model or another model.policy.lora"
+            )
+        for names, what in ((moved - saved, "lacks"), (saved - own, "has")):
+            if names:
+                raise InputError(
+                    f"--ckpt_path: the checkpoint {what} weights of a model beside the policy that "
+                    f"training changes, {min(names)} among them; give model.refresh as that run "
+                    "had it"
+                )

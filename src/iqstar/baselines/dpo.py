@@ -118,6 +118,20 @@ class DPO(AlignmentModule):
         )
         return [replace(part, tokens=replace(part.tokens, weight=_shares(part))) for part in parts]
 
+    def assign_unchanged(self, rollout: Rollout, seed: int) -> list[MicroBatch]:
+        """Responses that are predicted are no pairs; nobody gives them credit."""
+        assert self.policy is not None
+        return assign_credit(
+            self.policy,
+            rollout,
+            NullEstimator(),
+            (),
+            temperature=self.temperature,
+            micro_batch_size=self.micro_batch_size or len(rollout),
+            needs_behaviour=False,
+            seed=seed,
+        )
+
     def losses(self, micro: MicroBatch) -> tuple[Tensor, Sums]:
         """The sum over pairs; see :meth:`AlignmentModule.losses`.
 

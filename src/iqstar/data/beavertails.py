@@ -16,7 +16,8 @@ def audit_answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts over (prompt, response, is_safe, category) rows.
 
     ``duplicates`` are rows whose (prompt, response) stood in an earlier row; a row is ``usable``
-    if it is none of them and its response is not empty.
+    if it is none of them and its response is not empty. ``no_label`` are those whose is_safe is
+    neither true nor false, such as text.
     """
     seen: set[tuple[str, str]] = set()
     usable = 0
@@ -33,9 +34,10 @@ def audit_answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "usable": usable,
         "prompts": len({prompt.strip() for prompt, _ in seen}),
         "duplicates": len(rows) - len(seen),
-        "safe": sum(bool(row["is_safe"]) for row in rows),
+        "safe": sum(row["is_safe"] is True for row in rows),
         "details": {
             "harm_categories": dict(harms.most_common()),
+            "no_label": sum(not isinstance(row["is_safe"], bool) for row in rows),
             "empty_response": sum(not str(row["response"]).strip() for row in rows),
             "response_chars": quantiles([len(response) for _, response in seen]) if seen else {},
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, get_args
 
 from iqstar.data.base import PromptDataModule
@@ -13,18 +14,35 @@ from iqstar.mdp import Message, Prompt, Role
 def parse_row(row: Mapping[str, Any]) -> Prompt:
     """The prompt of a row of ``prompt``, ``prompt`` + ``response``, or ``messages``.
 
-    A prompt may be a list of messages too. A final assistant message is the response.
+    A prompt may be a list of messages too. A final assistant message is the response. Where a
+    length limit cut it, ``complete`` is false: it gets no end of turn then.
 
     Raises:
-        RowError: If a value has another type, a role is unknown, or the prompt is empty.
+        RowError: If a value has another type, a role is unknown, the prompt is empty, or there are
+            two responses.
     """
     messages, response = parse_messages(row), row.get("response")
     if response is not None and not isinstance(response, str):
         raise RowError(f"response must be text, found {type(response).__name__}")
     if messages and messages[-1].role == "assistant":
         *messages, last = messages
-        response = response or last.content
-    return make_prompt(messages, (response or "").strip())
+        if response and response.strip() != last.content:
+            raise RowError("the messages end with another response than response; keep one of them")
+        response = last.content
+    prompt = make_prompt(messages, (response or "").strip())
+    return replace(prompt, complete=is_complete(row, "complete"))
+
+
+def is_complete(row: Mapping[str, Any], column: str) -> bool:
+    """Whether a reply ended by itself, as all do that do not say otherwise.
+
+    Raises:
+        RowError: If the column holds anything but true, false or null.
+    """
+    value = row.get(column)
+    if value is not None and not isinstance(value, bool):
+        raise RowError(f"{column} must be true or false, found {value!r}")
+    return value is not False
 
 
 def has_prompt(row: Mapping[str, Any]) -> bool:
@@ -95,7 +113,8 @@ class JSONL(PromptDataModule):
     """Your own prompts: rows of prompt, of prompt and response, or of messages.
 
     messages is a list of {role, content} with the roles system, user and assistant, and so may
-    prompt be; a final assistant message is the response, which only data-set replay uses.
+    prompt be; a final assistant message is the response, which only data-set replay uses. It is
+    taken for a whole one and gets an end of turn, unless the row has ``complete: false``.
     """
 
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = (("prompt",), ("messages",))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from iqstar.data.beavertails import BeaverTails
 from iqstar.data.hh_rlhf import HHRLHF, parse_dialogue
-from iqstar.data.jsonl import JSONL, has_prompt, parse_messages, parse_row
+from iqstar.data.jsonl import JSONL, has_prompt, is_complete, parse_messages, parse_row
 from iqstar.data.reading import Row, find_files, read_file
 from iqstar.data.turns import RowError, UnusableRowError, make_prompt
 from iqstar.mdp import Message, Prompt
@@ -49,8 +49,11 @@ class BeaverTailsPairs(BeaverTails):
         """One row for each prompt that has both kinds of response; all others are left out."""
         sides: dict[str, dict[bool, Row]] = {}
         for row in super().rows():
-            prompt = row.values["prompt"]
-            sides.setdefault(str(prompt).strip(), {}).setdefault(bool(row.values["is_safe"]), row)
+            prompt, safe = row.values["prompt"], row.values["is_safe"]
+            if not isinstance(safe, bool):
+                yield row  # for parse to refuse
+            else:
+                sides.setdefault(str(prompt).strip(), {}).setdefault(safe, row)
         for found in sides.values():
             if len(found) == 2:
                 safe, unsafe = found[True], found[False]
@@ -59,6 +62,8 @@ class BeaverTailsPairs(BeaverTails):
 
     def parse(self, row: Mapping[str, Any]) -> Prompt:
         """The question, with the safe answer before the unsafe one."""
+        if not isinstance(row["is_safe"], bool):
+            raise RowError(f"is_safe must be true or false, found {row['is_safe']!r}")
         if not isinstance(row["rejected"], str):
             raise RowError("response must be text")
         prompt = super().parse(row)
@@ -131,7 +136,7 @@ class JSONLPairs(JSONL):
         if any(turns and turns != asked for turns in (before, other)):
             raise UnusableRowError("pair whose prompts differ")
         prompt = with_pair(make_prompt(asked), chosen.content, rejected.content)
-        whole, rejected_whole = (_complete(row, side) for side in SIDES)
+        whole, rejected_whole = (is_complete(row, f"{side}_complete") for side in SIDES)
         return replace(prompt, complete=whole, rejected_complete=rejected_whole)
 
 
@@ -146,10 +151,3 @@ def _talk(row: Mapping[str, Any], side: str) -> list[Message]:
             raise RowError(
                 f"{side} must be text, or messages up to one of the assistant, found {other!r:.60}"
             )
-
-
-def _complete(row: Mapping[str, Any], side: str) -> bool:
-    value = row.get(f"{side}_complete")
-    if value is not None and not isinstance(value, bool):
-        raise RowError(f"{side}_complete must be true or false, found {value!r}")
-    return value is not False
