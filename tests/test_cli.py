@@ -13,6 +13,8 @@ from lightning import Trainer
 from cli_tools import changed, tiny_config, write_config
 from iqstar import __version__
 from iqstar.cli import main
+from iqstar.errors import InputError
+from iqstar.settings import read_settings
 
 
 @pytest.fixture
@@ -149,6 +151,16 @@ def test_class_names_without_their_module(printed):
 
 
 # ---- a run
+
+
+def test_a_principle_may_end_like_a_file():
+    """Text of several words is no path; one word is a file that does not exist."""
+    (read,) = read_settings(["--model.estimator.principle", "Answer only as valid .json"])
+    assert read.value == "Answer only as valid .json"
+    (read,) = read_settings(["--output", "credits.json"])  # its command says what it must be
+    assert read.path == ("output",)
+    with pytest.raises(InputError, match=r"contrastiv\.yaml does not exist"):
+        read_settings(["--model.estimator", "contrastiv.yaml"])
 
 
 def test_a_run_and_a_second_one_in_its_folder(tmp_path, config, capsys):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
+import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -151,6 +154,13 @@ def test_settings_of_a_run_hold_its_rate_seed_and_budget(tmp_path):
     assert grpo["trainer"]["max_steps"] == 80
     assert grpo["trainer"]["val_check_interval"] == 16
     assert grpo["trainer"]["check_val_every_n_epoch"] is None
+    by_two = replace(
+        whole, common=merged(whole.common, {"trainer": {"accumulate_grad_batches": 2}})
+    )
+    counted = settings_of(runs["grpo"], by_two, tmp_path, tmp_path / "pairs.jsonl")
+    assert counted["trainer"]["val_check_interval"] == 32  # of batches, two to a step
+    seven = settings_of(replace(runs["grpo"], evaluations=7), whole, tmp_path, tmp_path / "p")
+    assert seven["trainer"]["val_check_interval"] == 12  # and one at the end: never more than 7
     dpo = settings_of(runs["dpo"], whole, tmp_path, tmp_path / "pairs.jsonl")
     assert dpo["data"]["class_path"] == "iqstar.data.JSONLPairs"
     assert dpo["data"]["init_args"]["path"].endswith("pairs.jsonl")
@@ -242,6 +252,30 @@ def test_a_run_is_asked_to_save_itself_when_the_time_is_over(tmp_path):
     assert len(said) == 1
     assert not execute([second], lambda _: command, tmp_path, time.monotonic(), said.append)
     assert len(said) == 1  # nothing was started
+
+
+def test_a_comparison_that_is_terminated_ends_its_run(tmp_path):
+    """It must not go on without us: the next call would start another one in its folder."""
+    child = "import time, os, pathlib; pathlib.Path('child').write_text(str(os.getpid()))\n"
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from types import SimpleNamespace\n"
+        "from iqstar.compare.runner import ended_by_sigterm, execute\n"
+        "Path('one').mkdir()\n"
+        f"line = [sys.executable, '-c', {child + 'time.sleep(60)'!r}]\n"
+        "with ended_by_sigterm():\n"
+        "    execute([SimpleNamespace(name='one')], lambda _: line, Path(), None, print)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    until = time.monotonic() + 60
+    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    parent.terminate()
+    assert parent.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "child").read_text()), 0)
 
 
 def test_a_run_that_diverges_is_finished_and_cannot_win(tmp_path):

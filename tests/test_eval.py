@@ -30,6 +30,7 @@ from iqstar.paired_responses import Pair, Response, read_pairs, sample_pairs, wr
 from iqstar.policy import PolicySpec
 from iqstar.report.build import build_report, judge_report, safety_report
 from iqstar.report.figures import histogram, means, outcome_bar, scatter
+from iqstar.report.kept import stamp
 from iqstar.report.measures import distinct_interval, kl_interval
 from iqstar.report.page import page
 from iqstar.report.scores import Scores, distinct_judges, score_pairs
@@ -544,6 +545,16 @@ def test_responses_are_used_again(config, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "load_sides", load)
     assert evaluate(file, out, "--overwrite")["judges"] == first["judges"]
     assert evaluate(file, out, "--overwrite", "--limit", "2")["prompts"] == 2
+
+
+def test_a_report_inside_the_model_is_no_other_model(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = stamp(str(tmp_path))
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "responses.jsonl").write_text("{}")
+    assert stamp(str(tmp_path)) == before
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    assert stamp(str(tmp_path)) != before
 
 
 def test_a_template_that_was_edited_is_another_setting(config, tmp_path, capsys):

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,17 @@ def test_quality_on_beavertails(tmp_path, capsys):
     assert main([*argv, "--output", str(tmp_path / "harm.npz")]) == 0
     areas = HarmJudge(str(tmp_path / "harm.npz")).model.info["auroc"]
     assert sum(areas) / 5 == pytest.approx(0.766, abs=0.01)  # docs/judges.md
+
+
+def test_a_damaged_file_is_told(tmp_path, model):
+    """Whatever byte it is: what the library for archives raises then has no common class."""
+    file = tmp_path / "harm.npz"
+    model.save(file)
+    whole = file.read_bytes()
+    for place in range(0, len(whole), max(len(whole) // 150, 1)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with suppress(InputError):
+            HarmJudge(str(file))
 
 
 def test_bad_files(tmp_path, model):

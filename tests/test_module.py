@@ -17,12 +17,14 @@ from iqstar.data import Sample
 from iqstar.errors import InputError
 from iqstar.estimators import AlignedPairEstimator, ContrastiveEstimator
 from iqstar.evaluation import Evaluation
+from iqstar.evaluation import Sample as Said
+from iqstar.judges import VaderJudge
 from iqstar.losses import RewardImitationLoss
 from iqstar.mdp import PromptBatch
 from iqstar.module import InverseQStar
 from iqstar.policy import PolicySpec
 from iqstar.rollouts import DatasetRollout, GenerateRollout
-from iqstar.summary import first_and_last
+from iqstar.summary import first_and_last, print_summary, summarize
 
 
 def build(folder, **options):
@@ -149,6 +151,42 @@ def evaluation(step):
 def test_only_what_was_measured_is_called_before_and_after(steps, names):
     """A run of 5 steps; without a first evaluation, a later one does not stand in for it."""
     assert set(first_and_last([evaluation(s) for s in steps], 5)) == names
+
+
+def judged(step, score, judge, texts):
+    samples = tuple(
+        Said(prompt=f"say {t}", response=t, score=score or math.nan, tokens=3, truncated=False)
+        for t in texts
+    )
+    metrics = {"kl": 0.1} | ({} if score is None else {"judge": score})
+    return Evaluation(step=step, metrics=metrics, samples=samples, judge=judge)
+
+
+@pytest.mark.parametrize(
+    ("judge", "score", "kept"),
+    [(None, None, None), ("harm 0.1", 0.4, None), (VaderJudge().identity, 0.4, 0.4)],
+)
+def test_a_run_goes_on_with_another_judge(tiny, judge, score, kept):
+    """Its scores are not compared with those of the one before."""
+    module = make_module(tiny, judge=VaderJudge(), eval_samples=2)
+    own = VaderJudge().identity
+    ends = {"before": judged(0, score, judge, "ab"), "after": judged(5, 0.6, own, "abcd")}
+    summary = summarize(module, ends)
+    assert (summary["judge"]["before"], summary["judge"]["after"]) == (kept, 0.6)
+    assert (summary["before"].get("judge"), summary["before"]["kl"]) == (kept, 0.1)
+    assert summary["judge"]["prompts"] == 2
+
+
+def test_a_summary_prints_any_text(tiny, capsys):
+    """Also what looks like rich's markup, and evaluations of other numbers of responses."""
+    module = make_module(tiny, judge=VaderJudge(), eval_samples=1)
+    own, texts = VaderJudge().identity, [r"use \[/b] or [/INST]", r"\[x = 5\]"]
+    for before in (texts, texts[:1]):
+        ends = {"before": judged(0, 0.1, own, before), "after": judged(5, 0.6, own, texts)}
+        rest = {"optimizer_steps": 5, "seconds": 1.0, "policy": None}
+        print_summary(summarize(module, ends) | rest, ends, 2, 1)
+        shown = capsys.readouterr().out
+        assert all((text in shown) == (before is texts) for text in texts)
 
 
 def test_a_limit_that_ends_an_epoch_ends_the_accumulation_window(tiny):

@@ -237,6 +237,7 @@ def _measured(record: RunRecord, judge: Any, trained_on_it: bool) -> str:
         (label, *(_number(s["metrics"][key]) for s in sides))
         for key, label in METRICS
         if all(key in s["metrics"] for s in sides)
+        and not (key == "judge" and len({s.get("judge") for s in sides}) > 1)
     ]
     about = "Means over responses to held-out prompts, at temperature 1, no principle in context."
     if judge:

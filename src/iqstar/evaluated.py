@@ -119,6 +119,7 @@ class EvaluatedModule(LightningModule):
                 samples=tuple(samples),
                 sampled=self.progress.samples,
                 seconds=round(self.progress.seconds, 3),
+                judge=None if self.judge is None else self.judge.identity,
             )
         )
         curves = {f"val/{name}": value for name, value in metrics.items()}

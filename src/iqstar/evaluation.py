@@ -56,6 +56,7 @@ class Evaluation:
         samples: The responses, in the order of the held-out prompts.
         sampled: Responses that training had sampled.
         seconds: Time that training had taken, rollouts included, evaluations not.
+        judge: Name and version of the judge that scored it; None where there was none.
     """
 
     step: int
@@ -63,6 +64,7 @@ class Evaluation:
     samples: tuple[Sample, ...]
     sampled: int = 0
     seconds: float = 0.0
+    judge: str | None = None
 
 
 def sample_and_score(

@@ -117,7 +117,9 @@ def record_of_run(module: AlignmentModule, trainer: Trainer) -> RunRecord:
         command=module.command,
         step=trainer.global_step,
         samples=module.progress.samples,
-        evaluations=[{"step": e.step, "metrics": e.metrics} for e in module.evaluations],
+        evaluations=[
+            {"step": e.step, "metrics": e.metrics, "judge": e.judge} for e in module.evaluations
+        ],
     )
 
 

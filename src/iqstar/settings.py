@@ -26,7 +26,7 @@ _NUMBER = re.compile(r"-(\.?\d|inf)")
 """A value that begins as an option does."""
 CONFIG_FLAGS = ("--config", "-c")
 YAML_SUFFIXES = (".yaml", ".yml", ".json")
-DATA_KEYS = ("path", "heldout_path", "cache")
+DATA_KEYS = ("path", "heldout_path", "cache", "output")
 """Keys whose files hold data, however they end."""
 
 
@@ -82,7 +82,9 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
         path = tuple(flag.removeprefix("--").removesuffix("+").split("."))
         settings.append(Setting(path=path, value=value, place=""))
         if value.endswith(YAML_SUFFIXES) and path[-1] not in DATA_KEYS:
-            if not Path(value).is_file():
+            if not (exists := Path(value).is_file()) and " " in value:
+                continue  # a text, such as a principle
+            if not exists:
                 raise InputError(f"{flag}: {value} does not exist or is not a file")
             settings += read_yaml(Path(value), path)
     return settings

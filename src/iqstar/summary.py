@@ -13,12 +13,14 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from iqstar.alignment import AlignmentModule
 from iqstar.atomic import written_beside
-from iqstar.evaluation import Evaluation
+from iqstar.evaluation import Evaluation, Sample
 from iqstar.export_callback import FOLDER, Export
+from iqstar.judges import Judge
 from iqstar.run_folder import run_folder
 
 ROWS = (
@@ -136,16 +138,17 @@ def summarize(module: AlignmentModule, ends: Mapping[str, Evaluation]) -> dict[s
         responses that training had sampled and the seconds that it had taken by then.
     """
     before, after = (
-        _numbers(ends[name].metrics) if name in ends else None for name in ("before", "after")
+        _comparable(ends[name], module.judge) if name in ends else None
+        for name in ("before", "after")
     )
     trained, total = module.policy.trainable() if module.policy else (0, 0)
-    judged = next(iter(ends.values()), None)
+    last = ends.get("after", ends.get("before"))
     judge = module.judge and {
         "name": module.judge.name,
         "version": module.judge.version,
-        "before": before["judge"] if before else None,
-        "after": after["judge"] if after else None,
-        "prompts": len(judged.samples) // module.eval_samples if judged else 0,
+        "before": before.get("judge") if before else None,
+        "after": after.get("judge") if after else None,
+        "prompts": len(last.samples) // module.eval_samples if last else 0,
         "samples_per_prompt": module.eval_samples,
     }
     return {
@@ -157,6 +160,13 @@ def summarize(module: AlignmentModule, ends: Mapping[str, Evaluation]) -> dict[s
         "before": before,
         "after": after,
     }
+
+
+def _comparable(evaluation: Evaluation, judge: Judge | None) -> dict[str, float | None]:
+    """Its metrics, without the score of a judge that is not the run's any more."""
+    same = judge is None or evaluation.judge in (None, judge.identity)
+    metrics = evaluation.metrics
+    return _numbers(metrics if same else {k: v for k, v in metrics.items() if k != "judge"})
 
 
 def _numbers(metrics: dict[str, float]) -> dict[str, float | None]:
@@ -181,8 +191,7 @@ def print_summary(
     console.print()
     console.print(table)
     if len(ends) == 2:
-        pairs = zip(ends["before"].samples, ends["after"].samples, strict=True)
-        for first, last in list(pairs)[::per_prompt][:examples]:
+        for first, last in _sides(ends)[::per_prompt][:examples]:
             console.print(f"\n[bold]{_escaped(first.prompt)}[/bold]")
             console.print(f"[dim]before[/dim] {_escaped(first.response)}")
             console.print(f"[dim]after [/dim] {_escaped(last.response)}")
@@ -191,7 +200,14 @@ def print_summary(
         f"{summary['seconds']:.0f} s"
     )
     if summary["policy"]:
-        console.print(f"Trained model: {summary['policy']}", soft_wrap=True)
+        console.print(f"Trained model: {summary['policy']}", soft_wrap=True, markup=False)
+
+
+def _sides(ends: Mapping[str, Evaluation]) -> list[tuple[Sample, Sample]]:
+    """Responses before and after; none where a resumed run evaluates on other prompts."""
+    before, after = ends["before"].samples, ends["after"].samples
+    same = [s.prompt for s in before] == [s.prompt for s in after]
+    return list(zip(before, after, strict=True)) if same else []
 
 
 def _shown(value: float | None) -> str:
@@ -199,7 +215,7 @@ def _shown(value: float | None) -> str:
 
 
 def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("[", "\\[")
+    return escape(" ".join(text.split()))
 
 
 def write_json(path: Path, content: Any) -> None:

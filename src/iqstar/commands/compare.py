@@ -25,7 +25,13 @@ from iqstar.compare.plan import (
     read_comparison,
     sweep_runs,
 )
-from iqstar.compare.runner import command_of, description_of, execute, settings_of
+from iqstar.compare.runner import (
+    command_of,
+    description_of,
+    ended_by_sigterm,
+    execute,
+    settings_of,
+)
 from iqstar.compare.setting import build, check
 from iqstar.errors import InputError, missing_packages
 
@@ -72,7 +78,8 @@ def main(argv: list[str]) -> int:
     if options.report is not None and options.report.suffix != ".md":
         raise InputError(f"--report: must end in .md, got {options.report}")
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-    done = not options.report_only and make(comparison, output, deadline)
+    with ended_by_sigterm():
+        done = not options.report_only and make(comparison, output, deadline)
     report = options.report or output / "results.md"
     write_report(comparison, output, report)
     _say(f"Report: {report}")

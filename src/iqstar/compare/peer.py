@@ -7,6 +7,7 @@ stopped starts over. Run as ``python -m iqstar.compare.peer SETTINGS.yaml``.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -136,7 +137,7 @@ def run(given: dict[str, Any]) -> None:
         }
         for prompt in setting.prompts(steps * batch)
     ]
-    evaluations = Evaluations(setting, policy, max(steps // given["evaluations"], 1), batch)
+    evaluations = Evaluations(setting, policy, math.ceil(steps / given["evaluations"]), batch)
     config = SDFTConfig(
         output_dir=str(output / "trl"),
         use_cpu=setting.trainer.strategy.root_device.type == "cpu",

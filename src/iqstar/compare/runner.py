@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,6 @@ def settings_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> 
         "trainer": {
             "max_steps": steps,
             "check_val_every_n_epoch": None,
-            "val_check_interval": max(steps // run.evaluations, 1),
             "logger": {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                 "init_args": {"save_dir": str(folder), "name": run.name, "version": ""},
@@ -45,6 +47,8 @@ def settings_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> 
         },
     }
     settings = merged(_with_rate(comparison.common, run), run.method.settings)
+    batches = settings.get("trainer", {}).get("accumulate_grad_batches", 1)  # of a step
+    own["trainer"]["val_check_interval"] = batches * math.ceil(steps / run.evaluations)
     if run.method.pairs:
         files = {"path": str(pairs), "heldout_path": str(pairs.with_name(HELDOUT))}
         settings = merged(settings, {"data": {"init_args": files}})
@@ -130,17 +134,38 @@ def _wait(process: subprocess.Popen[bytes], deadline: float | None) -> int | Non
         left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
         return process.wait(left)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _end(process)
         return None
     except BaseException:  # interrupted: the run must not go on without us
-        process.terminate()
-        process.wait(GRACE)
+        _end(process)
         raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Asks a run to save itself, and kills it if it does not in time."""
+    process.terminate()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process in the way of an exception, so that its run ends too."""
+
+    def leave(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may ask for signals
+        return
+    earlier = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _last_line(log: Path) -> str:

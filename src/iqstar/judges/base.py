@@ -28,6 +28,11 @@ class Judge(ABC):
     version: str
     higher_is_better: bool = True
 
+    @property
+    def identity(self) -> str:
+        """Name and version; equal where scores can be compared."""
+        return f"{self.name} {self.version}"
+
     @abstractmethod
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         """One score for each response.

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from iqstar.mdp import Prompt
 
 FORMAT = 1
 """Raised when the file or the features change, so that an old file is not misread."""
+_UNREADABLE = (zipfile.BadZipFile, zlib.error)
 _WORD = re.compile(r"\b\w\w+\b")
 
 
@@ -110,7 +112,7 @@ class HarmModel:
                 )
         except InputError:
             raise
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        except (*_UNREADABLE, OSError, ValueError, KeyError, EOFError, TypeError) as error:
             raise InputError(f"{key}: {path} is not the file of a harm judge; {make}") from error
         if not len(model.terms) == len(model.idf) == len(model.weights):
             raise InputError(f"{key}: {path} is damaged; {make}")

@@ -68,10 +68,13 @@ def kept_pairs(folder: Path, settings: Mapping[str, Any]) -> list[Pair] | None:
 
 
 def stamp(source: str | None) -> list[int] | None:
-    """Size in bytes and last change of what a path holds; None where there is no such path."""
+    """Size in bytes and last change of a file, or of the files of a folder; None without either.
+
+    What lies deeper does not count: such as a report on the model that the folder holds.
+    """
     if source is None or is_jinja(source) or not (path := Path(source).expanduser()).exists():
         return None
-    found = [f.stat() for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file()]
+    found = [f.stat() for f in ([path] if path.is_file() else path.iterdir()) if f.is_file()]
     return [sum(s.st_size for s in found), max((s.st_mtime_ns for s in found), default=0)]
 
 
