@@ -192,6 +192,8 @@ def test_merging_goes_level_by_level():
         ({"methods": {"ppo": {"sedes": [1]}}}, r"methods\.ppo: unknown key sedes"),
         ({"methods": {"ppo": {"seeds": []}}}, r"methods\.ppo\.seeds"),
         ({"methods": {"ppo": {"settings": "trl"}}}, r"methods\.ppo\.settings"),
+        ({"budget": {"sweep_sed": 3}}, r"budget: unknown key sweep_sed"),
+        ({"families": {"ppo": {"rate": [1e-5]}}}, r"families\.ppo: unknown key rate; known: rates"),
         ({"tables": {}}, "unknown key tables"),
     ],
 )

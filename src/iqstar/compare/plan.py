@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,17 +202,16 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _comparison(content: Mapping[str, Any]) -> Comparison:
-    known = {"common", "families", "methods", "budget", "principle"}
-    if unknown := sorted(content.keys() - known):
-        raise ValueError(f"unknown key {unknown[0]}; known: {', '.join(sorted(known))}")
-    budget = _Keys("budget", content["budget"])
+    if unknown := sorted(content.keys() - TOP):
+        raise ValueError(f"unknown key {unknown[0]}; known: {', '.join(sorted(TOP))}")
+    budget = _Keys("budget", content["budget"], BUDGET)
     sweep = _positive("budget.sweep", budget["sweep"])
     methods = tuple(
-        _method(name, _Keys(f"methods.{name}", fields), budget)
+        _method(name, _Keys(f"methods.{name}", fields, METHOD), budget)
         for name, fields in _Keys("methods", content["methods"]).items()
     )
     families = {
-        name: _family(name, _Keys(f"families.{name}", fields))
+        name: _family(name, _Keys(f"families.{name}", fields, FAMILY))
         for name, fields in _Keys("families", content["families"]).items()
     }
     for method in methods:
@@ -243,12 +242,23 @@ def _comparison(content: Mapping[str, Any]) -> Comparison:
     )
 
 
-class _Keys(dict[str, Any]):
-    """A mapping of the file; a key that is missing is named in full."""
+TOP = {"common", "families", "methods", "budget", "principle"}
+BUDGET = {"run", "sweep", "sweep_seed", "responses_per_step", "evaluations"}
+FAMILY = {"sweep", "rates"}
+METHOD = {"family", "settings", "responses", "seeds", "steps_per_rollout", "pairs", "control"}
+"""What may stand in each mapping of the file."""
 
-    def __init__(self, place: str, content: Any) -> None:
+
+class _Keys(dict[str, Any]):
+    """A mapping of the file; a key that is missing, or is none of those known, is named."""
+
+    def __init__(self, place: str, content: Any, known: Set[str] | None = None) -> None:
         if not isinstance(content, Mapping):
             raise ValueError(f"{place}: must be a mapping of keys to values, found {content!r}")
+        if known is not None and (unknown := sorted(content.keys() - known)):
+            raise ValueError(
+                f"{place}: unknown key {unknown[0]}; known: {', '.join(sorted(known))}"
+            )
         super().__init__(content)
         self.place = place
 
@@ -265,9 +275,6 @@ def _family(name: str, fields: Mapping[str, Any]) -> Family:
 
 
 def _method(name: str, fields: Mapping[str, Any], budget: Mapping[str, Any]) -> Method:
-    known = {"family", "settings", "responses", "seeds", "steps_per_rollout", "pairs", "control"}
-    if unknown := sorted(fields.keys() - known):
-        raise ValueError(f"methods.{name}: unknown key {unknown[0]}; known: {sorted(known)}")
     settings = fields["settings"]
     if settings != SDFT and not isinstance(settings, Mapping):
         raise ValueError(f"methods.{name}.settings: give settings of iqstar fit, or {SDFT}")
