@@ -155,6 +155,24 @@ def test_a_run_stopped_after_its_last_step_is_finished_by_the_next(tmp_path, tin
     assert Path(found["policy"], "model.safetensors").exists()
 
 
+#: Two batches of an evaluation after every second step.
+EVALUATED = {
+    "trainer__val_check_interval": 2,
+    "trainer__check_val_every_n_epoch": None,
+    "data__init_args__val_prompts": 4,
+    "data__init_args__eval_batch_size": 2,
+    "summary": {"examples": 0},
+}
+
+
+def stop(folder: Path, model: Path, settings: dict, when: dict, *more: str) -> None:
+    """A run that is told to stop at some moment, and does."""
+    told = {"class_path": "dying.Stopped", "init_args": when}
+    config = configure(folder, model, **settings, trainer__callbacks=[told])
+    code, output = end(launch("-m", "iqstar.cli", "fit", "--config", str(config), *more))
+    assert code == 143, output
+
+
 @pytest.mark.parametrize(
     "when",
     [
@@ -167,21 +185,11 @@ def test_a_run_stopped_after_its_last_step_is_finished_by_the_next(tmp_path, tin
 )
 def test_a_stop_around_an_evaluation_loses_none_of_it(tmp_path, tiny, when):
     """The run that goes on has the evaluations of one that was never stopped, each once."""
-    settings = {
-        "trainer__max_steps": 5,
-        "trainer__val_check_interval": 2,
-        "trainer__check_val_every_n_epoch": None,
-        "data__init_args__val_prompts": 4,
-        "data__init_args__eval_batch_size": 2,
-        "summary": {"examples": 0},
-    }
+    settings = {**EVALUATED, "trainer__max_steps": 5}
     stopped, calm = tmp_path / "stopped", tmp_path / "calm"
     stopped.mkdir()
     calm.mkdir()
-    told = {"class_path": "dying.Stopped", "init_args": when}
-    config = configure(stopped, tiny, **settings, trainer__callbacks=[told])
-    code, output = end(launch("-m", "iqstar.cli", "fit", "--config", str(config)))
-    assert code == 143, output
+    stop(stopped, tiny, settings, when)
     config = configure(stopped, tiny, **settings)
     assert main(["fit", "--config", str(config), "--ckpt_path", "last"]) == 0
     assert main(["fit", "--config", str(configure(calm, tiny, **settings))]) == 0
@@ -198,24 +206,13 @@ def test_a_stop_around_an_evaluation_loses_none_of_it(tmp_path, tiny, when):
 
 def test_a_stop_in_an_evaluation_that_is_made_up_keeps_the_rollout(tmp_path, tiny):
     """Both times inside a rollout, of four steps; the second before a step has taken it up."""
-    settings = {
-        "trainer__max_steps": 6,
-        "trainer__val_check_interval": 2,
-        "trainer__check_val_every_n_epoch": None,
-        "data__init_args__val_prompts": 4,
-        "data__init_args__eval_batch_size": 2,
-        "model__init_args__micro_batch_size": 1,
-        "summary": {"examples": 0},
-    }
+    settings = {**EVALUATED, "trainer__max_steps": 6, "model__init_args__micro_batch_size": 1}
     stopped, calm = tmp_path / "stopped", tmp_path / "calm"
     stopped.mkdir()
     calm.mkdir()
     last: list[str] = []
     for when in ({"step": 1}, {"step": 2, "batch": 0}):
-        told = {"class_path": "dying.Stopped", "init_args": when}
-        config = configure(stopped, tiny, **settings, trainer__callbacks=[told])
-        code, output = end(launch("-m", "iqstar.cli", "fit", "--config", str(config), *last))
-        assert code == 143, output
+        stop(stopped, tiny, settings, when, *last)
         last = ["--ckpt_path", "last"]
     newest = newest_checkpoint(stopped)
     assert newest is not None

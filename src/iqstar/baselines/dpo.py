@@ -104,22 +104,14 @@ class DPO(AlignmentModule):
 
     def assign(self, rollout: Rollout, seed: int, resuming: bool = False) -> list[MicroBatch]:
         """Scores the pairs under the reference; each weighs 1, spread over its tokens."""
-        assert self.policy is not None
-        parts = assign_credit(
-            self.policy,
-            rollout,
-            NullEstimator(),
-            (),
-            temperature=self.temperature,
-            micro_batch_size=self.micro_batch_size or len(rollout) // 2,
-            needs_behaviour=False,
-            seed=seed,
-            group=2,
-        )
+        parts = self._scored(rollout, seed, group=2)
         return [replace(part, tokens=replace(part.tokens, weight=_shares(part))) for part in parts]
 
     def assign_unchanged(self, rollout: Rollout, seed: int) -> list[MicroBatch]:
         """Responses that are predicted are no pairs; nobody gives them credit."""
+        return self._scored(rollout, seed, group=1)
+
+    def _scored(self, rollout: Rollout, seed: int, group: int) -> list[MicroBatch]:
         assert self.policy is not None
         return assign_credit(
             self.policy,
@@ -127,9 +119,10 @@ class DPO(AlignmentModule):
             NullEstimator(),
             (),
             temperature=self.temperature,
-            micro_batch_size=self.micro_batch_size or len(rollout),
+            micro_batch_size=self.micro_batch_size or len(rollout) // group,
             needs_behaviour=False,
             seed=seed,
+            group=group,
         )
 
     def losses(self, micro: MicroBatch) -> tuple[Tensor, Sums]:

@@ -81,7 +81,7 @@ def distinct_judges(judges: Sequence[Judge]) -> dict[str, Judge]:
     unique = list({(judge.name, judge.version): judge for judge in reversed(judges)}.values())
     names = Counter(judge.name for judge in unique)
     return {
-        judge.name if names[judge.name] == 1 else f"{judge.name} {judge.version}": judge
+        judge.name if names[judge.name] == 1 else judge.identity: judge
         for judge in reversed(unique)
     }
 
