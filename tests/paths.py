@@ -1,8 +1,8 @@
 """Runs tests on other computing paths: no speed-up may change what they find.
 
 ``IQSTAR_PATHS=plain`` turns the optimisations off: nothing that rows share is read once, responses
-come from transformers' ``generate``, weights are cast at every product. ``IQSTAR_PATHS=fast`` turns
-on what is off by default: the attention of the shipped configs.
+come from transformers' ``generate``, weights are cast at every product, layers are transformers'
+own. ``IQSTAR_PATHS=fast`` turns on what is off by default: the attention of the shipped configs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import wraps
 
 def choose() -> None:
     """Changes defaults as the environment says; also called in processes that tests start."""
-    from iqstar import decoding, policy
+    from iqstar import decoding, loading, policy
 
     paths = os.environ.get("IQSTAR_PATHS")
     if not paths:
@@ -30,3 +30,4 @@ def choose() -> None:
     if paths == "plain":
         decoding.fits = lambda *_: False
         policy.casts_kept = lambda *_: nullcontext()
+        loading.keep_less = lambda _: None

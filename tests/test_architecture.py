@@ -18,7 +18,7 @@ LAYERS = [
     {"head"},
     {"distributions"},
     {"losses", "credit", "chat", "metrics", "optim", "pretrained", "refresh"}
-    | {"attention", "sampling", "settings", "kv_cache"},
+    | {"attention", "lean", "sampling", "settings", "kv_cache"},
     {"prefixes", "decoding", "judges"},
     {"policy"},
     {"loading", "engine"},

@@ -133,6 +133,23 @@ def test_window_that_does_not_fit_the_rollout_says_which_keys(tiny, tmp_path):
         run.fit(build(tiny), data())
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_no_gradients_are_held_while_responses_are_made(tiny, tmp_path, accumulate):
+    """They are as large as the weights, and Lightning would keep them until the next backward."""
+    module = build(tiny, micro_batch_size=2 if accumulate == 2 else None)
+    held, sample = [], module.rollout.roll_out
+
+    def roll_out(*arguments):
+        held.append([p for p in module.trained_weights() if p.grad is not None])
+        return sample(*arguments)
+
+    module.rollout.roll_out = roll_out
+    options = {"accumulate_grad_batches": accumulate, "enable_checkpointing": False}
+    trainer(tmp_path, max_steps=3, **options).fit(module, data())
+    assert held == [[]] * 3
+    assert module.trainer.callback_metrics["train/grad_norm"] > 0
+
+
 @pytest.mark.parametrize("name", ["beta", "temperature"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_units_must_be_positive(tiny, name, value):

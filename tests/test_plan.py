@@ -221,13 +221,14 @@ ONE = Layout(devices=1, strategy="single", gpu=True, memory=10_000, libraries=10
 
 def test_one_gpu_by_hand():
     plan = make_plan(RUN, ONE)
-    always = 1000 + 400 + 240 + 400 + 800
+    always = 1000 + 400 + 240 + 800
+    gradients = 400
     assert plan.totals == {
         "evaluation": always + 200 + 200 + 20,
         "rollout": always + 200 + 100 + 10,
         "scoring": always + 200 + 60 + 30,
-        "update": always + 160 + 60 + 500 + 70 + 5,
-        "step": always + 60 + 400,  # roots of all second moments at once
+        "update": always + gradients + 160 + 60 + 500 + 70 + 5,
+        "step": always + gradients + 60 + 400,  # roots of all second moments at once
     }
     assert plan.peak == plan.totals["update"] == 3635
     assert plan.fits
@@ -255,7 +256,7 @@ def test_sharding_halves_what_lasts():
 
 
 def test_sharded_generation_without_room_gathers_block_by_block():
-    narrow = replace(ONE, strategy="fsdp", devices=2, memory=1000 + 920 + 160 + 239)
+    narrow = replace(ONE, strategy="fsdp", devices=2, memory=1000 + 720 + 160 + 239)
     plan = make_plan(RUN, narrow)
     assert not plan.whole_blocks
     assert plan.phases["rollout"]["gathered weights"] == 160 + 2 * 40
@@ -273,6 +274,7 @@ def test_on_cpus_the_heap_keeps_what_other_phases_gave_back():
     plan = make_plan(RUN, replace(ONE, gpu=False))
     others = (200 + 200 + 20) + (100 + 100 + 10) + 30 + 160
     assert plan.phases["update"]["heap of the other phases"] == others
+    assert {parts["gradients"] for parts in plan.phases.values()} == {400}  # there too
 
 
 # ---- the command

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from iqstar.errors import InputError
 
@@ -64,10 +65,29 @@ def grouped_attention(
     scores = scores * (size**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores = scores + attention_mask[:, :, None, :, :keys]
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    weights = weights.to(value.dtype).view(batch, groups, share * queries, keys)
+    weights = _Softmax.apply(scores, value.dtype).view(batch, groups, share * queries, keys)
     output = torch.matmul(weights, value).view(batch, heads, queries, size)
     return output.transpose(1, 2).contiguous(), None
+
+
+class _Softmax(torch.autograd.Function):
+    """Softmax in float32 at least; keeps its result as it is handed on, not that in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.softmax(dim=-1, dtype=wide).to(dtype)
+        ctx.save_for_backward(weights)
+        ctx.wide, ctx.dtype = wide, scores.dtype
+        return weights
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        weights = ctx.saved_tensors[0].to(ctx.wide)
+        grad = grad.to(ctx.wide)
+        inner = torch.linalg.vecdot(grad, weights).unsqueeze(-1)
+        return ((grad - inner) * weights).to(ctx.dtype), None
 
 
 def register() -> None:

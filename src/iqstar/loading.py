@@ -14,6 +14,7 @@ from iqstar.allocator import keep_freed_memory
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.fingerprint import fingerprint
+from iqstar.lean import keep_less
 from iqstar.mdp import Prompt, TokenSequences, make_rollout, pack
 from iqstar.policy import AUTOCAST, CausalLM, Policy, PolicySpec
 from iqstar.prefixes import hidden_states
@@ -48,6 +49,7 @@ def load_reference(spec: PolicySpec, chat: ChatFormat, precision: str = "32-true
     Arguments as :func:`load_policy`. With adapters or without, the reference is the same model.
     """
     model = load_whole(spec, chat)
+    keep_less(model.model)
     _freeze(model, precision)
     return Policy(actor=model, frozen=model, spec=spec)
 
@@ -63,8 +65,10 @@ def make_policy(
         actor.model.requires_grad_(False)
         _cast_matrices(actor.model, precision)
         actor.model = with_adapters(actor.model, spec.lora)
+        keep_less(actor.model)
         frozen = None
     else:
+        keep_less(actor.model)
         frozen = _frozen_copy(actor, precision) if reference else None
         actor.requires_grad_(True)
     if spec.gradient_checkpointing:
@@ -108,6 +112,7 @@ def load_frozen(
             "embeddings (resize_token_embeddings) and save it anew"
         )
     frozen = load_whole(spec, chat, key)
+    keep_less(frozen.model)
     _freeze(frozen, precision)
     return frozen
 

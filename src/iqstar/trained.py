@@ -172,6 +172,15 @@ class TrainedModule(EvaluatedModule, ABC):
             self._owes_evaluation = False
             make_up_evaluation(self.trainer)
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps, and frees the gradients: a rollout and a forward pass can use their memory.
+
+        Lightning would keep them until the next backward pass.
+        """
+        super().optimizer_step(*args, **kwargs)
+        for parameter in self.trained_weights():
+            parameter.grad = None
+
     def gradient_norm(self) -> Tensor:
         """Over all trained weights and ranks, before clipping."""
         grads = [p.grad for p in self.trained_weights() if p.grad is not None]

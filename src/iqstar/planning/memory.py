@@ -2,7 +2,8 @@
 
 The phases of a run, in time: an *evaluation* (it comes before and after training), a *rollout*,
 its *scoring* under the frozen models, the *update*'s forward and backward pass, and the
-optimiser's *step*. Gradients live from one backward pass to the next one, so in all phases.
+optimiser's *step*. Gradients live from a backward pass to the step after it; the memory that they
+had on a CPU stays in the process.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def make_plan(run: Footprint, layout: Layout) -> Plan:
     stored = {"frozen models' hidden states": run.stored}
     seen = generating if run.rollout.cache else {}  # autocast keeps them until scoring is done
     phases["scoring"] = {**seen, **computing, **stored, "activations": run.scoring}
+    gradients = {"gradients": gradient_bytes(run, layout)}
     phases["update"] = {
+        **gradients,
         **casts,
         **computing,
         **stored,
@@ -108,6 +111,7 @@ def make_plan(run: Footprint, layout: Layout) -> Plan:
         "buffers": backward_buffers(run, layout),
     }
     phases["step"] = {
+        **gradients,
         **root_groups(run, layout),
         **stored,
         "buffers": step_buffers(run, layout),
@@ -146,9 +150,14 @@ def lasting(run: Footprint, layout: Layout) -> dict[str, int]:
         "policy": run.policy.total // shards,
         "weights as read": 0 if layout.gpu or layout.strategy == "fsdp" else run.as_read,
         **{name: frozen * weights.total // shards for name, weights in run.frozen.items()},
-        "gradients": run.gradients.total // shards,
+        "gradients": 0 if layout.gpu else gradient_bytes(run, layout),
         "optimiser states": run.states // shards,
     }
+
+
+def gradient_bytes(run: Footprint, layout: Layout) -> int:
+    """Bytes of the trained weights' gradients on a device."""
+    return run.gradients.total // (layout.devices if layout.strategy == "fsdp" else 1)
 
 
 def root_groups(run: Footprint, layout: Layout) -> dict[str, int]:

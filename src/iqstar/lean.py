@@ -1,0 +1,170 @@
+"""Layers that keep less for their backward pass, and compute as before.
+
+autograd keeps the inputs and results of every small operation of a norm and of a gated activation,
+and autocast a copy of a layer's input for each of the linear layers that read it: half of all
+activations. Here a norm keeps its input, a gated activation its two factors, and the linear layers
+share one copy; what else the backward pass needs it computes again. The forward pass gives the same
+bits, the gradient differs by rounding (docs/decisions/021-lean-layers.md).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+Forward = Callable[[Any, Tensor], Tensor]
+"""A layer's forward pass: (the layer, its input) → its output."""
+_FACTORS = ("gate_proj", "up_proj", "down_proj")
+"""The linear layers of a gated activation, as all architectures with separate ones name them."""
+_CAST = "iqstar_cast"
+"""Attribute of a tensor that was cast: the cast."""
+
+
+def keep_less(model: nn.Module) -> None:
+    """Replaces the forward pass of layers that compute as ours do, in place.
+
+    What a layer computes is tried out on small tensors, so that an architecture with another norm
+    or activation stays as it is. The weights may be on the meta device.
+
+    Args:
+        model: With its adapters, if it has some.
+    """
+    kinds: dict[type, Forward | None] = {}
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(share_cast)
+        if type(layer) not in kinds:
+            kinds[type(layer)] = _same_as(layer)
+        if (forward := kinds[type(layer)]) is not None:
+            layer.forward = MethodType(forward, layer)
+
+
+def share_cast(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """A pre-hook of linear layers: under autocast, those that read one tensor cast it once.
+
+    The cast goes with the tensor, as long as that lives.
+
+    Args:
+        layer: The linear layer.
+        inputs: Its input.
+
+    Returns:
+        The input in autocast's dtype; None, which leaves it alone, where nothing is cast.
+    """
+    if not inputs:
+        return None
+    source, *rest = inputs
+    device = source.device.type
+    if source.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    differentiable = source.requires_grad and torch.is_grad_enabled()
+    cast: Tensor | None = getattr(source, _CAST, None)
+    if cast is None or cast.dtype != dtype or cast.requires_grad != differentiable:
+        cast = source.to(dtype)
+        setattr(source, _CAST, cast)
+    return (cast, *rest)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """weight · x / √(mean x² + eps), in float32; keeps x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Float[Tensor, "*rows dim"], weight: Float[Tensor, " dim"], eps: float
+    ) -> Float[Tensor, "*rows dim"]:
+        wide = x.to(torch.float32)
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        unit = (wide * scale).to(x.dtype)
+        return unit.mul_(weight) if unit.dtype == weight.dtype else weight * unit
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        unit = x.to(torch.float32) * scale
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_x = grad.to(torch.float32) * weight.to(torch.float32)
+        along = torch.linalg.vecdot(grad_x, unit).unsqueeze(-1) / x.shape[-1]
+        grad_x = grad_x.addcmul_(unit, along, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), grad_weight, None
+
+
+class _Gated(torch.autograd.Function):
+    """activation(gate) · up; keeps these two."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        active: Tensor = activation(gate)
+        return active * up if active is gate else active.mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            active = ctx.activation(gate)
+        (grad_gate,) = torch.autograd.grad(active, gate, grad * up)
+        active = active.detach()
+        return grad_gate, active * grad if active is gate else active.mul_(grad), None
+
+
+def _norm(layer: Any, hidden_states: Tensor) -> Tensor:
+    output: Tensor = _RMSNorm.apply(hidden_states, layer.weight, layer.variance_epsilon)
+    return output
+
+
+def _gated(layer: Any, x: Tensor) -> Tensor:
+    active = _Gated.apply(layer.gate_proj(x), layer.up_proj(x), layer.act_fn)
+    output: Tensor = layer.down_proj(active)
+    return output
+
+
+def _same_as(layer: Any) -> Forward | None:
+    """Which of our forward passes gives a layer's own bits; None if none does."""
+    small: Any = copy.copy(layer)  # of 4 dimensions, with the layer's own code and settings
+    small._parameters, small._modules = dict(layer._parameters), dict(layer._modules)
+    parameters = [name for name, _ in layer.named_parameters()]
+    if hasattr(layer, "variance_epsilon") and parameters == ["weight"]:
+        small.weight = nn.Parameter(_numbers(4))
+        return _if_agreed(_norm, small)
+    if set(layer._modules) == {*_FACTORS, "act_fn"} and not list(layer.act_fn.parameters()):
+        for number, name in enumerate(_FACTORS):
+            linear = nn.Linear(4, 4, bias=False, device="meta")
+            linear.weight = nn.Parameter(_numbers(4, 4) + number)
+            setattr(small, name, linear)
+        return _if_agreed(_gated, small)
+    return None
+
+
+@torch.no_grad()
+def _if_agreed(ours: Forward, small: Any) -> Forward | None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = 3 * _numbers(5, 4).to(dtype)
+        small.to(dtype)
+        try:
+            theirs = type(small).forward(small, x)
+            if not (isinstance(theirs, Tensor) and torch.equal(theirs, ours(small, x))):
+                return None
+        except (TypeError, ValueError, AttributeError, RuntimeError):
+            return None  # it takes or does something else
+    return ours
+
+
+def _numbers(*shape: int) -> Tensor:
+    """Numbers of both signs, without a draw: the run's random state is not ours to change."""
+    count = torch.Size(shape).numel()
+    return torch.sin(torch.arange(count, dtype=torch.float32, device="cpu") + 1).view(shape)

@@ -1,0 +1,252 @@
+"""Layers that keep less for their backward pass compute as before."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma.configuration_gemma import GemmaConfig
+from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
+from transformers.models.gpt2.configuration_gpt2 import GPT2Config
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.phi3.configuration_phi3 import Phi3Config
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+
+from iqstar.adapters import LoRASpec, with_adapters
+from iqstar.attention import _Softmax
+from iqstar.lean import keep_less, share_cast
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "llama, other activation": LlamaConfig(**SIZES, hidden_act="gelu_pytorch_tanh"),
+    "qwen3": Qwen3Config(**SIZES),
+    "phi3": Phi3Config(**SIZES),
+    "gemma": GemmaConfig(**SIZES),
+    "gemma2": Gemma2Config(**SIZES),
+    "gpt2": GPT2Config(
+        vocab_size=50, n_embd=24, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    ),
+}
+IDS = torch.arange(36).view(3, 12) % 50
+"""Three rows of tokens."""
+
+
+def both(name, **options):
+    """A random model as transformers computes it, and a copy that keeps less."""
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager")
+    for module in theirs.modules():
+        if module.__class__.__name__.endswith("Norm"):
+            nn.init.normal_(module.weight)  # not all ones
+    ours = copy.deepcopy(theirs)
+    if options:
+        theirs, ours = (with_adapters(m, LoRASpec(**options)) for m in (theirs, ours))
+        for model in (theirs, ours):
+            torch.manual_seed(1)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    nn.init.normal_(parameter, std=0.1)
+    keep_less(ours)
+    return theirs, ours
+
+
+def states_and_gradient(model, autocast):
+    """Last hidden states, and the gradient of a weighted sum of them."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        states = model.get_decoder()(IDS).last_hidden_state
+        weights = torch.linspace(-1, 1, states.numel()).view_as(states)
+        (states.float() * weights).sum().backward()
+    trained = (p for p in model.parameters() if p.grad is not None)
+    return states.detach(), torch.cat([p.grad.flatten() for p in trained])
+
+
+def kept_bytes(model):
+    """Bytes that autograd keeps of a forward pass under autocast, the weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage  # holding it keeps the address from being reused
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        model.get_decoder()(IDS.repeat(8, 1))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_same_bits_and_the_same_gradient(name, autocast):
+    theirs, ours = both(name)
+    (states, grad), (lean_states, lean_grad) = (
+        states_and_gradient(m, autocast) for m in (theirs, ours)
+    )
+    assert torch.equal(states, lean_states)
+    apart = (grad - lean_grad).norm() / grad.norm()
+    assert apart < (0.02 if autocast else 1e-6)
+
+
+def test_the_gradient_under_autocast_is_as_near_to_the_exact_one():
+    theirs, ours = both("llama")
+    _, exact = states_and_gradient(copy.deepcopy(theirs), False)
+    errors = [
+        float((states_and_gradient(m, True)[1] - exact).norm() / exact.norm())
+        for m in (theirs, ours)
+    ]
+    assert errors[1] < 1.1 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "share"), [({}, 0.75), ({"rank": 2}, 0.85)], ids=["all weights", "adapters"]
+)
+def test_less_is_kept(options, share):
+    theirs, ours = both("llama", **options)
+    assert kept_bytes(ours) < share * kept_bytes(theirs)
+    (states, grad), (lean_states, lean_grad) = (
+        states_and_gradient(m, True) for m in (theirs, ours)
+    )
+    assert torch.equal(states, lean_states)
+    assert (grad - lean_grad).norm() < 0.02 * grad.norm()
+
+
+def test_which_layers_are_known():
+    known = {
+        name: {type(m).__name__ for m in both(name)[1].modules() if "forward" in vars(m)}
+        for name in CONFIGS
+    }
+    assert known == {
+        "llama": {"LlamaRMSNorm", "LlamaMLP"},
+        "llama, other activation": {"LlamaRMSNorm", "LlamaMLP"},
+        "qwen3": {"Qwen3RMSNorm", "Qwen3MLP"},
+        "phi3": {"Phi3RMSNorm"},  # its gate and up are one matrix
+        "gemma": {"GemmaMLP"},  # its norms add one to their weight
+        "gemma2": {"Gemma2MLP"},
+        "gpt2": set(),
+    }
+
+
+class ShiftedNorm(LlamaRMSNorm):
+    """Looks like the other, and computes something else."""
+
+    def forward(self, hidden_states):
+        return 1e-6 + super().forward(hidden_states)
+
+
+class SwappedMLP(LlamaMLP):
+    """Takes its two factors the other way round."""
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+@pytest.mark.parametrize("layer", [ShiftedNorm(24), SwappedMLP(CONFIGS["llama"])])
+def test_a_layer_that_computes_something_else_stays_as_it_is(layer):
+    keep_less(layer)
+    assert "forward" not in vars(layer)
+
+
+def test_trying_out_draws_nothing_and_needs_no_weights():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+        before = torch.get_rng_state()
+        keep_less(model)
+    assert torch.equal(before, torch.get_rng_state())
+    assert "forward" in vars(model.model.norm)
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_norm_in_a_smaller_dtype_than_float32():
+    torch.manual_seed(0)
+    theirs = LlamaRMSNorm(24).to(torch.bfloat16)
+    nn.init.normal_(theirs.weight)
+    ours = copy.deepcopy(theirs)
+    keep_less(ours)
+    found = []
+    for norm in (theirs, ours):
+        x = torch.linspace(-2, 3, 120).view(5, 24).to(torch.bfloat16).requires_grad_()
+        output = norm(x)
+        output.backward(torch.cos(output.detach()))
+        found.append((output, x.grad, norm.weight.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    for old, new in zip(found[0][1:], found[1][1:], strict=True):
+        assert new.dtype == torch.bfloat16
+        torch.testing.assert_close(new, old, atol=0.03, rtol=0.03)
+
+
+class TestSharedCast:
+    """Linear layers that read one tensor."""
+
+    @pytest.fixture
+    def layers(self):
+        layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        seen = []
+        for layer in layers:
+            layer.register_forward_pre_hook(share_cast)
+            layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        return layers, seen
+
+    @pytest.mark.parametrize("gradient", [True, False])
+    def test_two_layers_read_one_cast(self, layers, gradient):
+        (first, second), seen = layers
+        x = torch.randn(3, 4, requires_grad=gradient)
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradient):
+            outputs = first(x), second(x)
+        assert seen[0] is seen[1]
+        assert seen[0].dtype == torch.bfloat16
+        assert all(o.requires_grad == gradient for o in outputs)
+
+    def test_a_cast_without_gradient_is_not_taken_for_one_with(self, layers):
+        (first, second), _ = layers
+        x = torch.randn(3, 4, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                first(x)
+            second(x).sum().backward()
+        assert x.grad is not None
+
+    def test_another_tensor_is_cast_anew(self, layers):
+        (first, second), seen = layers
+        with torch.autocast("cpu", torch.bfloat16):
+            first(torch.zeros(1, 4))
+            second(torch.ones(1, 4))
+        assert torch.equal(seen[1], torch.ones(1, 4, dtype=torch.bfloat16))
+
+    def test_nothing_is_cast_outside_of_autocast(self, layers):
+        (first, _), seen = layers
+        x = torch.randn(3, 4)
+        first(x)
+        assert seen[0] is x
+
+    def test_the_cast_goes_with_the_tensor(self):
+        x = torch.randn(3, 4, requires_grad=True) * 2
+        with torch.autocast("cpu", torch.bfloat16):
+            gone = weakref.ref(share_cast(nn.Linear(4, 4), (x,))[0])
+            assert gone() is not None
+            del x
+        assert gone() is None
+
+
+def test_softmax_of_grouped_attention():
+    scores = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: _Softmax.apply(s, torch.float64), scores)
+    weights = _Softmax.apply(scores.to(torch.bfloat16), torch.bfloat16)
+    wide = scores.to(torch.bfloat16).softmax(-1, dtype=torch.float32)
+    assert torch.equal(weights, wide.to(torch.bfloat16))
