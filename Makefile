@@ -33,8 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup ## Align the bundled model with the shipped prompts, about 5 minutes
 	$(BIN)/iqstar fit --config configs/quickstart.yaml $(ARGS)
 
-test: setup ## Run the fast tests
-	$(BIN)/pytest $(ARGS)
+test: setup ## Run the fast tests, a process to a core (four at most)
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: setup ## Run the tests that need the bundled model or minutes of CPU time
 	$(BIN)/pytest -m slow $(ARGS)

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from iqstar.data import HHRLHF, JSONL, BeaverTails, EvalBatches, RepeatedBatches, Sample
 from iqstar.data.hh_rlhf import parse_dialogue
+from iqstar.data.reading import read_file
 from iqstar.data.turns import make_prompt, split_key
 from iqstar.errors import InputError
 from iqstar.mdp import Message, Prompt, PromptBatch
@@ -439,6 +440,23 @@ def test_a_damaged_archive_is_named(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(data[:-12])
     with pytest.raises(InputError, match=r"a\.jsonl\.gz:\d+: damaged file"):
         JSONL(path=str(tmp_path / "a.jsonl.gz")).setup("fit")
+
+
+def test_an_archive_with_wrong_bytes_is_named(tmp_path):
+    rows = "".join(f'{{"prompt": "{i * 7919:x} {i**5:x}"}}\n' for i in range(2000))
+    data = bytearray(gzip.compress(rows.encode()))
+    data[len(data) // 2 : len(data) // 2 + 40] = b"\xff" * 40
+    (tmp_path / "a.jsonl.gz").write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz:\d+: (damaged file|malformed JSON)"):
+        JSONL(path=str(tmp_path / "a.jsonl.gz")).setup("fit")
+
+
+def test_rows_that_look_like_a_tool_s_traces_are_read_as_they_are(tmp_path):
+    row = {"id": "1", "source": "log", "model": "m", "system_prompt": "Be kind."}
+    row["messages"] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (read,) = read_file(tmp_path / "a.jsonl")
+    assert read.values["messages"] == row["messages"]
 
 
 def test_bad_paths_name_the_key(tmp_path):

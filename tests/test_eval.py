@@ -639,6 +639,7 @@ def test_every_key_is_documented():
         (["--output", "half.ckpt/below"], "--output: half.ckpt"),
         (["--limit", "0"], "--limit: must be at least 1, got 0"),
         (["--tie_margin=-1"], "--tie_margin: must be at least 0, got -1"),
+        (["--safe_threshold=50"], "--safe_threshold: must be a probability from 0 to 1, got 50"),
         (["--safety_judge", "harm"], "--safety_judge: no judge is called 'harm'; there is vowels"),
         (["--judges+=iqstar.judges.Vader"], "did you mean iqstar.judges.VaderJudge?"),
         (["--limits", "1"], "--limits: unknown option; did you mean --limit?"),

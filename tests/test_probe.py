@@ -454,6 +454,7 @@ def test_a_config_without_data_will_do(tmp_path, config, capsys):
         ([answer("Hi", "Go", False)] * 2, "none of the 1 answers is safe"),
         ([answer("Hi", "Go", True)], "give rows with is_safe: false too"),
         ([answer("Hi", "", True)], "none of 1 rows can be compared (empty response: 1)"),
+        ([answer(" ", "Hi", True)], "none of 1 rows can be compared (empty question: 1)"),
     ],
 )
 def test_nothing_to_compare(tmp_path, config, capsys, rows, message):

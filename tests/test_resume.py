@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
@@ -33,9 +34,10 @@ STRATEGIES = {
 }
 
 
-def run(folder, lora=None, world=1, steps=STEPS, strategy=None, **options):
+def run(folder, lora=None, world=1, steps=STEPS, strategy=None, callbacks=(), **options):
     """Trains on what the policy samples; returns the weights and losses of every step."""
     torch.manual_seed(0)  # adapters start at random
+    gradients = GradientBytes()
     module = make_module(
         folder,
         spec={"lora": lora},
@@ -51,6 +53,7 @@ def run(folder, lora=None, world=1, steps=STEPS, strategy=None, **options):
         max_steps=steps,
         devices=world,
         plugins=[AtomicCheckpointIO()],
+        callbacks=[*callbacks, gradients],
         **options,
         **({"strategy": STRATEGIES[strategy]()} if strategy else {}),
     )
@@ -58,17 +61,24 @@ def run(folder, lora=None, world=1, steps=STEPS, strategy=None, **options):
         "weights": copied(trained(module)),
         "losses": done.losses,
         "samples": module.progress.samples,
-        "held": held(module),
+        "held": held(module) | {"gradients": gradients.held},
     }
 
 
+class GradientBytes(Callback):
+    """Bytes of gradients that this process holds when a step is due."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        grads = [p.grad for p in pl_module.trained_weights()]
+        self.held = sum(local(g).nbytes for g in grads)
+
+
 def held(module):
-    """Bytes that this process holds of trained weights, their gradients and their moments."""
+    """Bytes that this process holds of trained weights and their moments."""
     weights = [p for p in module.actor.parameters() if p.requires_grad]
     states = module.trainer.optimizers[0].state
     kinds = {
         "weights": weights,
-        "gradients": [p.grad for p in weights],
         "moments": [states[p][name] for p in weights for name in ("exp_avg", "exp_avg_sq")],
     }
     return {kind: sum(local(t).nbytes for t in tensors) for kind, tensors in kinds.items()}

@@ -151,6 +151,10 @@ def evaluate(cli: EvalCLI) -> tuple[dict[str, Any], Path]:
     for name, least in (("limit", 1), ("tie_margin", 0)):
         if options[name] is not None and options[name] < least:
             raise InputError(f"--{name}: must be at least {least}, got {options[name]}")
+    if not 0 <= options.safe_threshold <= 1:
+        raise InputError(
+            f"--safe_threshold: must be a probability from 0 to 1, got {options.safe_threshold}"
+        )
     source = cli.source()
     own = [module.judge] if module.judge else []
     judges = distinct_judges([*own, *(cli.config_init.judges or [])])

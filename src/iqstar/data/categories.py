@@ -34,9 +34,9 @@ def categories_by_prompt(
             continue
         try:
             prompt = data.parse(row.values)
+            messages = (first_turn(prompt) if data.first_turn_only else prompt).messages
         except (RowError, UnusableRowError):
             continue
-        messages = (first_turn(prompt) if data.first_turn_only else prompt).messages
         if messages in found:
             labelled = True
             found[messages] |= {str(name) for name, present in category.items() if present}

@@ -146,6 +146,8 @@ def answer(row: Mapping[str, Any]) -> LabelledItem:
         raise RowError(f"is_safe must be true or false, found {safe!r}")
     if not isinstance(harms, Mapping):
         raise RowError("category must map the name of each harm to true or false")
+    if not prompt.strip():
+        raise UnusableRowError("empty question")
     if not response.strip():
         raise UnusableRowError("empty response")
     messages = [Message(role="user", content=prompt.strip())]

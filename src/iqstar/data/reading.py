@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,17 +83,19 @@ def read_file(file: Path) -> Iterator[Row]:
 
     kind = "parquet" if file.suffix == ".parquet" else "json"
     name = glob.escape(str(file))  # which the library takes for a pattern
+    plain = {} if kind == "parquet" else {"parse_agent_traces": False}  # else it rewrites chat logs
     index = -1
     try:
         with _quiet():
-            rows = load_dataset(kind, data_files=[name], split="train", streaming=True)
+            rows = load_dataset(kind, data_files=[name], split="train", streaming=True, **plain)
             for index, values in enumerate(rows):
                 yield Row(values=values, source=str(file), index=index)
     except StopIteration:
         pass  # what the library raises for a file without rows
     except InputError:
         raise
-    except (OSError, EOFError, ValueError, TypeError) as error:  # ArrowInvalid is a ValueError
+    # ArrowInvalid is a ValueError
+    except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
         raise _explain(file, error) from error
     if index < 0:
         raise _explain(file, ValueError("there are no rows"))
@@ -149,7 +152,7 @@ def _explain(file: Path, error: Exception) -> InputError:
             return InputError(f"{file}:{number}: malformed JSON: {what}; repair or remove the line")
         except UnicodeDecodeError as bad:
             return InputError(f"{file}:{number}: not UTF-8 text: {bad}; convert the file")
-        except (OSError, EOFError) as bad:
+        except (OSError, EOFError, zlib.error) as bad:
             return InputError(f"{file}:{number + 1}: damaged file: {bad}; fetch it again")
         if number == 0:
             return InputError(f"{file}:1: the file has no rows; give another")
