@@ -410,7 +410,7 @@ GOOD = "\n\nHuman: Hi\n\nAssistant: Hello."
             ['{"question": "a", "n": 1}'],
             r"a\.jsonl:1.*found n, question.*prompt or messages",
         ),
-        (JSONL, [""], r"a\.jsonl:1: the file has no rows"),
+        (JSONL, [""], r"a\.jsonl: the file has no rows"),
         (HHRLHF, [json.dumps({"chosen": GOOD})], r"a\.jsonl:1.*expects chosen \+ rejected"),
         (
             HHRLHF,
@@ -451,11 +451,23 @@ def test_an_archive_with_wrong_bytes_is_named(tmp_path):
         JSONL(path=str(tmp_path / "a.jsonl.gz")).setup("fit")
 
 
+def test_a_column_may_appear_late(tmp_path):
+    """The library fixes the columns at its first block, of 10 MB."""
+    early = {"prompt": "Why?", "response": "x" * 1000}
+    late = {"prompt": "How?", "response": "So.", "complete": False}
+    with (tmp_path / "a.jsonl").open("w", encoding="utf-8") as file:
+        for row in [*([early] * 11_000), late]:
+            file.write(json.dumps(row) + "\n")
+    rows = list(read_file(tmp_path / "a.jsonl"))
+    assert rows[-1].values == late
+    assert rows[-1].place.endswith("a.jsonl:11001")
+
+
 def test_rows_that_look_like_a_tool_s_traces_are_read_as_they_are(tmp_path):
     row = {"id": "1", "source": "log", "model": "m", "system_prompt": "Be kind."}
     row["messages"] = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
-    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    (read,) = read_file(tmp_path / "a.jsonl")
+    (tmp_path / "a.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    (read,) = read_file(tmp_path / "a.json")
     assert read.values["messages"] == row["messages"]
 
 

@@ -58,7 +58,7 @@ class BeaverTailsPairs(BeaverTails):
             if len(found) == 2:
                 safe, unsafe = found[True], found[False]
                 values = {**safe.values, "rejected": unsafe.values["response"]}
-                yield Row(values=values, source=safe.source, index=safe.index)
+                yield replace(safe, values=values)
 
     def parse(self, row: Mapping[str, Any]) -> Prompt:
         """The question, with the safe answer before the unsafe one."""

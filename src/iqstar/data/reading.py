@@ -1,4 +1,8 @@
-"""Rows from local files and the hub, through the ``datasets`` library, each with its address."""
+"""Rows from local files and the hub, each with its address.
+
+Lines of JSON are read one by one: every row may have columns of its own. All else comes through the
+``datasets`` library.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +29,19 @@ class Row:
         values: Column name → value.
         source: The file, or the hub data set's id.
         index: Number of the row in its source, from 0.
+        line: Of the source, from 1, where it has lines.
     """
 
     values: Mapping[str, Any]
     source: str
     index: int
+    line: int | None = None
 
     @property
     def place(self) -> str:
         """``file:line`` for lines of JSON, ``source, row n`` otherwise (both from 1)."""
-        if self.source.endswith((".jsonl", ".jsonl.gz")):
-            return f"{self.source}:{_line_of_row(Path(self.source), self.index)}"
+        if self.line is not None:
+            return f"{self.source}:{self.line}"
         return f"{self.source}, row {self.index + 1}"
 
 
@@ -79,12 +85,43 @@ def read_file(file: Path) -> Iterator[Row]:
     Raises:
         InputError: If the file is empty or malformed; for lines of JSON it names the line.
     """
+    read = _read_lines if file.name.endswith((".jsonl", ".jsonl.gz")) else _read_by_library
+    row = None
+    for row in read(file):
+        yield row
+    if row is None:
+        raise InputError(f"{file}: the file has no rows; give another")
+
+
+def _read_lines(file: Path) -> Iterator[Row]:
+    number, index = 0, 0
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as handle:
+            for number, line in enumerate(handle, start=1):
+                if not line.strip():
+                    continue
+                values = json.loads(line)
+                if not isinstance(values, dict):
+                    raise InputError(f"{file}:{number}: not a JSON object; one object a line")
+                yield Row(values=values, source=str(file), index=index, line=number)
+                index += 1
+    except json.JSONDecodeError as bad:
+        what = f"{bad.msg}, column {bad.colno}"
+        raise InputError(
+            f"{file}:{number}: malformed JSON: {what}; repair or remove the line"
+        ) from bad
+    except UnicodeDecodeError as bad:
+        raise InputError(f"{file}:{number}: not UTF-8 text: {bad}; convert the file") from bad
+    except (OSError, EOFError, zlib.error) as bad:
+        raise InputError(f"{file}:{number + 1}: damaged file: {bad}; fetch it again") from bad
+
+
+def _read_by_library(file: Path) -> Iterator[Row]:
     from datasets import load_dataset  # slow to import
 
     kind = "parquet" if file.suffix == ".parquet" else "json"
     name = glob.escape(str(file))  # which the library takes for a pattern
     plain = {} if kind == "parquet" else {"parse_agent_traces": False}  # else it rewrites chat logs
-    index = -1
     try:
         with _quiet():
             rows = load_dataset(kind, data_files=[name], split="train", streaming=True, **plain)
@@ -96,9 +133,7 @@ def read_file(file: Path) -> Iterator[Row]:
         raise
     # ArrowInvalid is a ValueError
     except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
-        raise _explain(file, error) from error
-    if index < 0:
-        raise _explain(file, ValueError("there are no rows"))
+        raise InputError(f"{file}: cannot be read: {error}; check the file") from error
 
 
 def read_hub(name: str, options: Mapping[str, Any]) -> Iterator[Row]:
@@ -122,41 +157,6 @@ def read_hub(name: str, options: Mapping[str, Any]) -> Iterator[Row]:
 
 def _is_data(file: Path) -> bool:
     return file.name.endswith(SUFFIXES) and not file.name.startswith(".")
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, with their numbers from 1."""
-    with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if line.strip():
-                yield number, line
-
-
-def _line_of_row(file: Path, index: int) -> int:
-    for count, (number, _) in enumerate(_lines(file)):
-        if count == index:
-            return number
-    return index + 1
-
-
-def _explain(file: Path, error: Exception) -> InputError:
-    """Finds the line that ``error``, met while reading ``file``, is about."""
-    if file.name.endswith((".jsonl", ".jsonl.gz")):
-        number = 0
-        try:
-            for number, line in _lines(file):
-                if not isinstance(json.loads(line.strip()), dict):
-                    return InputError(f"{file}:{number}: not a JSON object; one object a line")
-        except json.JSONDecodeError as bad:
-            what = f"{bad.msg}, column {bad.colno}"
-            return InputError(f"{file}:{number}: malformed JSON: {what}; repair or remove the line")
-        except UnicodeDecodeError as bad:
-            return InputError(f"{file}:{number}: not UTF-8 text: {bad}; convert the file")
-        except (OSError, EOFError, zlib.error) as bad:
-            return InputError(f"{file}:{number + 1}: damaged file: {bad}; fetch it again")
-        if number == 0:
-            return InputError(f"{file}:1: the file has no rows; give another")
-    return InputError(f"{file}: cannot be read: {error}; check the file")
 
 
 @contextmanager
