@@ -443,11 +443,11 @@ def test_a_damaged_archive_is_named(tmp_path):
 
 
 def test_an_archive_with_wrong_bytes_is_named(tmp_path):
-    rows = "".join(f'{{"prompt": "{i * 7919:x} {i**5:x}"}}\n' for i in range(2000))
-    data = bytearray(gzip.compress(rows.encode()))
-    data[len(data) // 2 : len(data) // 2 + 40] = b"\xff" * 40
+    """zlib has an error of its own for them, which is no OSError."""
+    data = bytearray(gzip.compress(b'{"prompt": "abcdefghijklmnopqrstuvwxyz"}\n' * 3))
+    data[10:20] = b"\xff" * 10  # right behind the header
     (tmp_path / "a.jsonl.gz").write_bytes(data)
-    with pytest.raises(InputError, match=r"a\.jsonl\.gz:\d+: (damaged file|malformed JSON)"):
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz:1: damaged file"):
         JSONL(path=str(tmp_path / "a.jsonl.gz")).setup("fit")
 
 
