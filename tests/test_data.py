@@ -443,7 +443,7 @@ def test_a_damaged_archive_is_named(tmp_path):
 
 
 def test_an_archive_with_wrong_bytes_is_named(tmp_path):
-    """zlib has an error of its own for them, which is no OSError."""
+    """Zlib has an error of its own for them, which is no OSError."""
     data = bytearray(gzip.compress(b'{"prompt": "abcdefghijklmnopqrstuvwxyz"}\n' * 3))
     data[10:20] = b"\xff" * 10  # right behind the header
     (tmp_path / "a.jsonl.gz").write_bytes(data)
