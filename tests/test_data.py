@@ -410,7 +410,7 @@ GOOD = "\n\nHuman: Hi\n\nAssistant: Hello."
             ['{"question": "a", "n": 1}'],
             r"a\.jsonl:1.*found n, question.*prompt or messages",
         ),
-        (JSONL, [""], r"a\.jsonl: the file has no rows"),
+        (JSONL, [""], r"a\.jsonl:1: the file has no rows"),
         (HHRLHF, [json.dumps({"chosen": GOOD})], r"a\.jsonl:1.*expects chosen \+ rejected"),
         (
             HHRLHF,

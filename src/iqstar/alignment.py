@@ -219,8 +219,7 @@ class AlignmentModule(TrainedModule):
         if not torch.isfinite(norm):
             raise self._non_finite("gradient norm")
         if self._window_weight == 0:  # nothing to learn from: momentum and decay shall rest too
-            for parameter in self.trained_weights():
-                parameter.grad = None
+            self.zero_grad()
         means = self.train_means.compute()
         tokens = float(global_sum(self.train_means.count("credit")))
         self.train_means.reset()

@@ -10,7 +10,7 @@ bits, the gradient differs by rounding (docs/decisions/021-lean-layers.md).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -153,11 +153,10 @@ def _gated(layer: Any, x: Tensor) -> Tensor:
 
 def _same_as(layer: Any) -> Forward | None:
     """Which of our forward passes gives a layer's own bits; None if none does."""
-    parameters = [name for name, _ in layer.named_parameters()]
-    if hasattr(layer, "variance_epsilon") and parameters == ["weight"]:
+    if hasattr(layer, "variance_epsilon") and list(layer.state_dict()) == ["weight"]:
         small = _like(layer)
         small.weight = nn.Parameter(_numbers(4))
-        return _if_agreed(_norm, small)
+        return _if_agreed(_norm, small, _DTYPES)
     if set(layer._modules) == {*_FACTORS, "act_fn"} and not layer.act_fn.state_dict():
         small = _like(layer)
         for number, name in enumerate(_FACTORS):
@@ -166,7 +165,7 @@ def _same_as(layer: Any) -> Forward | None:
             setattr(small, name, linear)
         x = _numbers(4)
         alone = layer.act_fn(x).data_ptr() != x.data_ptr()  # its result is overwritten
-        return _if_agreed(_gated, small) if alone else None
+        return _if_agreed(_gated, small, _DTYPES[:2]) if alone else None
     return None
 
 
@@ -179,12 +178,12 @@ def _like(layer: Any) -> Any:
 
 
 @torch.no_grad()
-def _if_agreed(ours: Forward, small: Any) -> Forward | None:
+def _if_agreed(ours: Forward, small: Any, dtypes: Sequence[Any]) -> Forward | None:
     """Ours, if it takes what the layer takes and gives what it gives."""
     own = type(small).forward
     if len(signature(own).parameters) != 2:  # itself and its input
         return None
-    for weights, given in _DTYPES[: None if ours is _norm else 2]:
+    for weights, given in dtypes:
         small.to(weights)
         for size in (3.0, 1e-4):  # what is added to a variance shows in small numbers
             x = (size * _numbers(5, 4)).to(given)

@@ -178,8 +178,7 @@ class TrainedModule(EvaluatedModule, ABC):
         Lightning would keep them until the next backward pass.
         """
         super().optimizer_step(*args, **kwargs)
-        for parameter in self.trained_weights():
-            parameter.grad = None
+        self.zero_grad()
 
     def gradient_norm(self) -> Tensor:
         """Over all trained weights and ranks, before clipping."""

@@ -85,12 +85,12 @@ def read_file(file: Path) -> Iterator[Row]:
     Raises:
         InputError: If the file is empty or malformed; for lines of JSON it names the line.
     """
-    read = _read_lines if file.name.endswith((".jsonl", ".jsonl.gz")) else _read_by_library
+    lines = file.name.endswith((".jsonl", ".jsonl.gz"))
     row = None
-    for row in read(file):
+    for row in _read_lines(file) if lines else _read_by_library(file):
         yield row
     if row is None:
-        raise InputError(f"{file}: the file has no rows; give another")
+        raise InputError(f"{file}{':1' if lines else ''}: the file has no rows; give another")
 
 
 def _read_lines(file: Path) -> Iterator[Row]:
@@ -129,8 +129,6 @@ def _read_by_library(file: Path) -> Iterator[Row]:
                 yield Row(values=values, source=str(file), index=index)
     except StopIteration:
         pass  # what the library raises for a file without rows
-    except InputError:
-        raise
     # ArrowInvalid is a ValueError
     except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
         raise InputError(f"{file}: cannot be read: {error}; check the file") from error
@@ -161,7 +159,7 @@ def _is_data(file: Path) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the library's own report of a bad file off the terminal: ours names the line."""
+    """Keeps the library's own report of a bad file off the terminal: ours names the file."""
     from datasets.utils import logging
 
     level = logging.get_verbosity()
