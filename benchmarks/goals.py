@@ -31,7 +31,7 @@ def goals(results: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
     for name, goals_of in (
         ("rollouts", _rollouts),
         ("utilisation", _utilisation),
-        ("kernel", _kernel),
+        *((f"kernel-{precision}", _kernel) for precision in PRECISIONS),
         ("linear", _linear),
         ("startup", _startup),
     ):
@@ -95,7 +95,8 @@ def _kernel(record: Mapping[str, Any]) -> Iterator[Goal]:
     if cells:
         extra = max(cell["extra_mib"]["iqstar"] - _copied_head(cell) for cell in cells)
         yield (
-            f"extra memory of the head's kernel, largest of {len(cells)} cells, MiB",
+            f"extra memory of the head's kernel, largest of {len(cells)} cells, MiB: "
+            + cells[0]["precision"],
             "≤ 64",
             extra,
         )

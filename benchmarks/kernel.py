@@ -16,9 +16,11 @@ norms relative to the gradient's.
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import harness
@@ -102,10 +104,13 @@ def case(settings: dict[str, Any], version: str) -> Callable[[], tuple]:
         given = TokenCredits(actions=actions, reference=reference, credit=credit, weight=ones)
         loss = DistributionImitationLoss() if full else RewardImitationLoss()
 
-        def token_loss(logits: torch.Tensor, index: torch.Tensor) -> tuple:
-            return loss.per_token(logits, given[index], lambda: target.logprobs(index))
+        def token_loss(
+            logits: torch.Tensor, index: torch.Tensor, aim: torch.Tensor | None
+        ) -> tuple:
+            return loss.per_token(logits, given[index], aim)
 
-        return head_loss(hidden, LanguageHead(weight=weight, vocab_size=vocab), token_loss)[0]
+        head = LanguageHead(weight=weight, vocab_size=vocab)
+        return head_loss(hidden, head, token_loss, target.logprobs if full else None)[0]
 
     def naive(rows: slice = slice(None), wide: torch.dtype = torch.float32) -> torch.Tensor:
         logprobs = linear(hidden[rows], weight).to(wide).log_softmax(-1)
@@ -155,7 +160,7 @@ def fits(vocab: int, tokens: int) -> bool:
 
 
 def main() -> None:
-    """Measures every cell."""
+    """Measures every cell, a result file for each precision."""
     parser = harness.parser(__doc__)
     parser.add_argument("--precision", nargs="+", default=["bf16-mixed", "32-true"])
     parser.add_argument("--losses", nargs="+", default=["distribution", "sampled"])
@@ -167,19 +172,19 @@ def main() -> None:
         print(json.dumps(worker(options.worker)))
         return
 
+    for precision in options.precision:
+        measure(precision, options)
+
+
+def measure(precision: str, options: argparse.Namespace) -> None:
+    """Every cell of a precision, and its result file."""
+
     def run(settings: dict[str, Any], **env: str) -> harness.Sample:
         return harness.run_worker(__file__, settings, options.threads, **env)
 
     cells, rows = [], []
     common = {"dim": options.dim, "threads": options.threads}
-    grid = [
-        (p, k, v, t)
-        for p in options.precision
-        for k in options.losses
-        for v in options.vocab
-        for t in options.lengths
-    ]
-    for precision, loss, vocab, tokens in grid:
+    for loss, vocab, tokens in product(options.losses, options.vocab, options.lengths):
         cell = {**common, "precision": precision, "loss": loss, "vocab": vocab, "tokens": tokens}
         if not fits(vocab, tokens):
             cells.append({**cell, "skipped": "the naive version does not fit into free memory"})
@@ -203,7 +208,7 @@ def main() -> None:
     columns = ["cell", "s", "naive, s", "ratio", "extra MiB", "naive"]
     columns += ["gradients differ by", "from float64", "naive's from float64"]
     shown = harness.table("Scoring and loss over the head", columns, rows)
-    harness.finish(options, "kernel", [shown], cells=cells)
+    harness.finish(options, f"kernel-{precision}", [shown], cells=cells)
 
 
 if __name__ == "__main__":

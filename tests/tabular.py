@@ -127,10 +127,12 @@ def loss_sum(
     )
     target = Table(mdp.optimal, states)
 
-    def per_token(logits: Tensor, index: Tensor):
-        losses, metrics = loss.per_token(logits, tokens[index], lambda: target.logprobs(index))
+    def per_token(logits: Tensor, index: Tensor, wanted: Tensor | None):
+        losses, metrics = loss.per_token(logits, tokens[index], wanted)
         return losses * tokens.weight[index], metrics
 
     hidden = torch.eye(mdp.states, dtype=torch.float64)[states]
     head = LanguageHead(weight=table.T, vocab_size=VOCAB)
-    return head_loss(hidden, head, per_token)[0]
+    return head_loss(hidden, head, per_token, target.logprobs if loss.needs_distribution else None)[
+        0
+    ]

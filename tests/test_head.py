@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import iqstar.head
 from iqstar.distributions import HeadDistributions
 from iqstar.head import BUDGET, COPIES, LanguageHead, chunk_rows, head_loss
 from iqstar.logprobs import forward_kl, generalized_jsd, reverse_kl, token_logprobs
@@ -26,7 +27,7 @@ def random(seed, *shape, dtype=torch.float64):
 
 def setting(name, dtype=torch.float64, chunk=None):
     """Hidden states and a head with padded rows, all of which want a gradient."""
-    budget = None if chunk is None else chunk * 4 * COPIES * VOCAB
+    budget = None if chunk is None else int(chunk * 4 * COPIES * VOCAB)
     options = dict(HEADS[name])
     bias = random(2, ROWS, dtype=dtype).requires_grad_() if options.pop("bias", False) else None
     weight = random(1, ROWS, DIM, dtype=dtype).requires_grad_()
@@ -42,7 +43,7 @@ def naive_logits(hidden, head):
     return logits / head.temperature
 
 
-def imitation(logits, index):
+def imitation(logits, index, _=None):
     """Squared error at one token plus a divergence, so that every logit has a gradient."""
     target = random(3, TOKENS, VOCAB, dtype=logits.dtype).log_softmax(-1)[index]
     logprobs = token_logprobs(logits, index % VOCAB)
@@ -77,16 +78,42 @@ def test_padded_rows_get_no_gradient_and_no_probability():
     torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(TOKENS).double())
 
 
-def test_the_logits_of_a_chunk_are_all_that_ever_exists():
+def test_the_logits_of_a_chunk_are_all_that_ever_exists(monkeypatch):
     hidden, head = setting("plain", chunk=4)
-    seen = []
+    seen, logits = [], LanguageHead.logits
 
-    def spy(logits, index):
-        seen.append(tuple(logits.shape))
-        return imitation(logits, index)
+    def spy(self, rows):
+        seen.append(len(rows))
+        return logits(self, rows)
 
-    head_loss(hidden, head, spy)
-    assert seen == [(4, VOCAB), (4, VOCAB), (3, VOCAB)]
+    monkeypatch.setattr(LanguageHead, "logits", spy)
+    head_loss(hidden, head, imitation)
+    assert seen == [4, 4, 3]
+
+
+def test_losses_and_their_targets_come_in_blocks_of_a_chunk(monkeypatch):
+    monkeypatch.setattr(iqstar.head, "BLOCKS", 2)
+    hidden, head = setting("plain", chunk=4)
+    targets = random(3, TOKENS, VOCAB).log_softmax(-1)
+    asked, seen = [], []
+
+    def target(index):
+        asked.append(index.tolist())
+        return targets[index]
+
+    def loss(logits, index, wanted):
+        seen.append(index.tolist())
+        assert torch.equal(wanted, targets[index])
+        return reverse_kl(logits, wanted), {}
+
+    total, _ = head_loss(hidden, head, loss, target)
+    assert asked == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert seen == [[0, 1], [2, 3], [4, 5], [6, 7], [8], [9], [10]]
+    naive = reverse_kl(naive_logits(hidden, head), targets).sum()
+    torch.testing.assert_close(total, naive, atol=1e-12, rtol=1e-12)
+    pairs = zip(gradients(total, hidden, head), gradients(naive, hidden, head), strict=True)
+    for ours, full in pairs:
+        torch.testing.assert_close(ours, full, atol=1e-12, rtol=1e-12)
 
 
 def test_the_gradient_from_above_is_multiplied_in():
@@ -117,8 +144,9 @@ def test_a_frozen_head_passes_the_gradient_on_and_takes_none():
 
 def test_no_token_makes_a_loss_of_zero():
     hidden, head = setting("bias")
-    total, _ = head_loss(hidden[:0], head, imitation)
+    total, metrics = head_loss(hidden[:0], head, imitation)
     assert total == 0
+    assert metrics["logprob"] == 0
     for grad in gradients(total, hidden, head):
         assert torch.count_nonzero(grad) == 0
 
@@ -132,7 +160,7 @@ def test_a_target_from_the_same_head_leaves_exactly_no_gradient(autocast, diverg
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         frozen = HeadDistributions(hidden.detach().clone(), head.prepared())
         total, _ = head_loss(
-            hidden, head, lambda z, i: (divergence(z, frozen.logprobs(i), *extra), {})
+            hidden, head, lambda z, _, target: (divergence(z, target, *extra), {}), frozen.logprobs
         )
     for grad in gradients(total, hidden, head):
         assert torch.count_nonzero(grad) == 0
@@ -156,10 +184,10 @@ def test_under_autocast_products_are_bf16_and_everything_after_is_fp32():
 
 @pytest.mark.parametrize("vocab_size", [100, 8_192, 49_152, 262_144, 10**9])
 def test_a_chunk_stays_inside_the_budget(vocab_size):
-    rows = chunk_rows(vocab_size, BUDGET)
+    rows = chunk_rows(vocab_size, BUDGET, COPIES)
     assert rows == 1 or rows * vocab_size * 4 * COPIES <= BUDGET
     assert 1 <= rows <= 512
-    assert chunk_rows(vocab_size, 2 * BUDGET) >= rows
+    assert chunk_rows(vocab_size, 2 * BUDGET, COPIES) >= rows
 
 
 def test_the_head_itself_knows_its_rows():

@@ -229,7 +229,7 @@ def chunked(size):
     """Every head product in chunks of that many tokens."""
 
     def change(patch):
-        patch.setattr(iqstar.head, "chunk_rows", lambda vocab_size, budget: size)
+        patch.setattr(iqstar.head, "chunk_rows", lambda vocab_size, budget, copies: size)
 
     return change
 

@@ -470,13 +470,14 @@ def test_a_rollout_is_used_for_several_steps_and_then_replaced(tiny):
         micro_batch_size=2,
         epochs_per_rollout=3,
     )
-    per_token = module.loss.per_token
+    losses = module.losses
 
-    def spy(logits, tokens, target):
+    def spy(micro):
+        tokens = micro.tokens
         used.append((tokens.actions.clone(), tokens.behaviour.clone(), tokens.credit.clone()))
-        return per_token(logits, tokens, target)
+        return losses(micro)
 
-    module.loss.per_token = spy
+    module.losses = spy
     run = fit(module, max_steps=12)
     assert len(engine.seeds) == 2
     assert engine.seeds[0] != engine.seeds[1]

@@ -13,19 +13,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 BUDGET = 64 * 2**20
 """Bytes that logits and what is computed from them may take on a CPU."""
 BUDGET_ON_GPU = 8 * BUDGET
 """The same on a GPU, which needs larger products to be busy; an estimate, not measured."""
-COPIES = 7
-"""Arrays in float32 of a chunk's size that are held at once: five by a loss, its target and its
-gradient, and what the matrix products set aside for themselves is worth two more."""
+BLOCKS = 8
+"""Parts in which a CPU computes the losses of a chunk: products want many rows, but what a loss
+sets aside is best small, within the caches. A GPU computes them at once: it waits for launches."""
+COPIES = 3.5
+"""Arrays in float32 of a chunk's size that are held at once on a CPU: logits, target, half of one
+by the loss of a block; the rest is for what the matrix products set aside."""
+COPIES_ON_GPU = 7.0
+"""The same on a GPU, where a loss sets aside four times its chunk."""
 
-TokenLossFn = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
-"""(logits of a chunk, its token indices) → (loss per token, detached metrics per token)."""
+Target = Callable[[Tensor], Tensor]
+"""Token indices of a chunk → what its losses compare the logits with, ``(chunk, vocab)``."""
+TokenLossFn = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
+"""(logits of a block, its token indices, its target) → (loss per token, detached metrics)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +65,9 @@ class LanguageHead:
         The one rule for all models, so that a policy and a frozen model of equal weights meet the
         same matrix shapes and agree bit for bit.
         """
-        default = BUDGET if self.weight.device.type == "cpu" else BUDGET_ON_GPU
-        return chunk_rows(self.vocab_size, self.budget or default)
+        on_cpu = self.weight.device.type == "cpu"
+        budget = self.budget or (BUDGET if on_cpu else BUDGET_ON_GPU)
+        return chunk_rows(self.vocab_size, budget, COPIES if on_cpu else COPIES_ON_GPU)
 
     def prepared(self) -> LanguageHead:
         """The head with its weight detached, cut to the vocabulary, in the compute precision.
@@ -95,9 +103,9 @@ class LanguageHead:
         return slope
 
 
-def chunk_rows(vocab_size: int, budget: int) -> int:
+def chunk_rows(vocab_size: int, budget: int, copies: float) -> int:
     """Rows of logits for a budget of bytes; at least one, and in sixteens where there are many."""
-    rows = max(1, budget // (4 * COPIES * vocab_size))
+    rows = max(1, int(budget / (4 * copies * vocab_size)))
     return rows if rows < 16 else min(rows - rows % 16, 512)
 
 
@@ -105,16 +113,18 @@ def head_loss(
     hidden: Float[Tensor, "tokens dim"],
     head: LanguageHead,
     token_loss: TokenLossFn,
+    target: Target | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Sum over tokens of a loss on the logits, without ever holding all the logits.
 
-    Naive equivalent: ``losses, metrics = token_loss(head.logits(hidden), arange(tokens))``, then
-    the sums.
+    Naive equivalent: ``losses, metrics = token_loss(head.logits(hidden), every, target(every))``
+    with ``every = arange(tokens)``, then the sums.
 
     Args:
         hidden: Hidden states at the response tokens.
         head: The policy's head; its weight gets a gradient if it requires one.
-        token_loss: Per-token loss of a chunk of logits, differentiable in them.
+        token_loss: Per-token loss of a block of logits, differentiable in them.
+        target: Serves what the losses compare the logits with; None where they need nothing.
 
     Returns:
         The sum of the losses, differentiable in ``hidden`` and the head's weight, and the sum of
@@ -122,7 +132,9 @@ def head_loss(
     """
     metrics: dict[str, Tensor] = {}
     grad = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
-    total: Tensor = _HeadLoss.apply(hidden, head.weight, head.bias, head, token_loss, grad, metrics)
+    total: Tensor = _HeadLoss.apply(
+        hidden, head.weight, head.bias, head, token_loss, target, grad, metrics
+    )
     return total, metrics
 
 
@@ -135,6 +147,7 @@ class _HeadLoss(torch.autograd.Function):
         bias: Tensor | None,
         head: LanguageHead,
         token_loss: TokenLossFn,
+        target: Target | None,
         grad: bool,
         metrics: dict[str, Tensor],
     ) -> Tensor:
@@ -146,21 +159,24 @@ class _HeadLoss(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
         for index in torch.arange(len(hidden), device=hidden.device).split(head.rows):
+            compared = None if target is None else target(index)
             rows = hidden.detach()[index].to(prepared.weight.dtype)
-            logits = prepared.logits(rows).requires_grad_(grad)
-            with torch.set_grad_enabled(grad):
-                losses, parts = token_loss(logits, index)
-                chunk_sum = losses.sum()
-            total += chunk_sum.detach()
-            for name, value in parts.items():
-                metrics[name] = metrics.get(name, 0) + value.detach().sum()
+            slope = prepared.logits(rows)
+            for block in _blocks(slope):
+                loss, sums = _loss_and_slope(
+                    slope[block],
+                    index[block],
+                    None if compared is None else compared[block],
+                    prepared,
+                    token_loss,
+                    grad,
+                )
+                total += loss
+                for name, value in sums.items():
+                    metrics[name] = metrics.get(name, 0) + value
+            del compared
             if not grad:
                 continue
-            (slope,) = torch.autograd.grad(chunk_sum, logits)
-            factor = prepared.slope(logits.detach())
-            if isinstance(factor, Tensor) or factor != 1:
-                slope = slope.mul_(factor)
-            del logits, losses, chunk_sum, parts  # or they would be held beside the next chunk's
             if grad_bias is not None:
                 grad_bias[: head.vocab_size] += slope.sum(dim=0)
             if grad_weight is not None:
@@ -176,7 +192,34 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # In place: these are as large as the head, and nobody else has them.
         grads = (None if g is None else g.mul_(grad.to(g.dtype)) for g in ctx.saved_tensors)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
+
+
+def _blocks(chunk: Float[Tensor, "chunk vocab"]) -> list[slice]:
+    """The blocks of a chunk's rows; of none, a block of none, which still has its metrics."""
+    parts = BLOCKS if chunk.device.type == "cpu" else 1
+    size = max(1, len(chunk) // parts)
+    return [slice(start, start + size) for start in range(0, max(1, len(chunk)), size)]
+
+
+def _loss_and_slope(
+    logits: Float[Tensor, "block vocab"],
+    index: Int[Tensor, " block"],
+    target: Float[Tensor, "block vocab"] | None,
+    head: LanguageHead,
+    token_loss: TokenLossFn,
+    grad: bool,
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """Sums of a block's losses and metrics; the slope in the matrix product replaces the logits."""
+    logits.requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        losses, metrics = token_loss(logits, index, target)
+        total = losses.sum()
+    if grad:
+        (slope,) = torch.autograd.grad(total, logits)
+        replaced = logits.detach()
+        torch.mul(slope, head.slope(replaced), out=replaced)
+    return total.detach(), {name: value.detach().sum() for name, value in metrics.items()}
 
 
 def _add_outer(

@@ -8,7 +8,6 @@ rescale gradients against a clipping norm. All share the fixed point π_θ = π�
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -25,8 +24,8 @@ from iqstar.logprobs import (
 )
 from iqstar.mdp import TokenCredits
 
-Target = Callable[[], Tensor]
-"""Serves the chunk's normalised log π̂*, ``(chunk, vocab)``; costs a head product, so on demand."""
+Target = Float[Tensor, "chunk vocab"] | None
+"""Normalised log π̂*; None where the loss does not need it, since it costs a head product."""
 
 
 class TokenLoss(ABC):
@@ -48,7 +47,7 @@ class TokenLoss(ABC):
         Args:
             logits: The policy's, differentiable.
             tokens: The chunk's actions, reference log-probs and credit.
-            target: Serves log π̂* over the vocabulary.
+            target: log π̂* over the vocabulary; None unless :attr:`needs_distribution`.
 
         Returns:
             The unweighted loss of each token, and detached metrics of each token.
@@ -157,7 +156,8 @@ class DistributionImitationLoss(TokenLoss):
         self, logits: Float[Tensor, "chunk vocab"], tokens: TokenCredits, target: Target
     ) -> tuple[Float[Tensor, " chunk"], dict[str, Float[Tensor, " chunk"]]]:
         """See :meth:`TokenLoss.per_token`."""
-        return self.divergence.between(logits, target()), {}
+        assert target is not None
+        return self.divergence.between(logits, target), {}
 
 
 class Advantage(ABC):
@@ -180,7 +180,7 @@ class Advantage(ABC):
             logits: The policy's, detached.
             implied: log π_θ/π_ref of the actions at the current weights, detached.
             tokens: The chunk's credit.
-            target: Serves log π̂* over the vocabulary.
+            target: log π̂* over the vocabulary; None unless :attr:`needs_distribution`.
         """
 
 
@@ -204,7 +204,8 @@ class CreditAdvantage(Advantage):
         """See :meth:`Advantage.of`."""
         advantage = tokens.credit - implied
         if self.state_baseline:
-            advantage = advantage + kl_divergence(logits.log_softmax(dim=-1), target())
+            assert target is not None
+            advantage = advantage + kl_divergence(logits.log_softmax(dim=-1), target)
         return advantage
 
 

@@ -21,7 +21,7 @@ from iqstar.errors import InputError
 from iqstar.estimators import OptimalPolicyEstimator
 from iqstar.estimators.principle import ToldEstimator
 from iqstar.head import head_loss
-from iqstar.losses import DistributionImitationLoss, TokenLoss
+from iqstar.losses import DistributionImitationLoss, Target, TokenLoss
 from iqstar.mdp import Rollout
 from iqstar.policy import CausalLM, Policy, PolicySpec
 from iqstar.refresh import Refresh
@@ -160,18 +160,17 @@ class InverseQStar(AlignmentModule):
     def losses(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The policy's loss against the credit; see :meth:`AlignmentModule.losses`."""
         hidden = self.actor.hidden(micro.sequences)  # log π_θ follows from it, chunk by chunk
-        return head_loss(
-            hidden, self.actor.head(self.temperature), lambda z, i: self._per_token(micro, z, i)
-        )
 
-    def _per_token(
-        self, micro: MicroBatch, logits: Tensor, index: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted loss, and what the curves show, of a chunk of tokens."""
-        tokens = micro.tokens[index]
-        losses, metrics = self.loss.per_token(logits, tokens, lambda: micro.target.logprobs(index))
-        metrics |= token_metrics(logits.detach(), tokens, self.beta)
-        return losses * tokens.weight, metrics
+        def per_token(
+            logits: Tensor, index: Tensor, target: Target
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            tokens = micro.tokens[index]
+            losses, metrics = self.loss.per_token(logits, tokens, target)
+            metrics |= token_metrics(logits.detach(), tokens, self.beta)
+            return losses * tokens.weight, metrics
+
+        target = micro.target.logprobs if self.loss.needs_distribution else None
+        return head_loss(hidden, self.actor.head(self.temperature), per_token, target)
 
 
 def moving_models(

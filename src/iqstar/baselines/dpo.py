@@ -142,7 +142,9 @@ class DPO(AlignmentModule):
             losses = dpo_losses(ratios[::2], ratios[1::2], self.beta, self.label_smoothing)
             (slope,) = torch.autograd.grad(losses.sum(), ratios)
 
-        def per_token(logits: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def per_token(
+            logits: Tensor, index: Tensor, _: Tensor | None
+        ) -> tuple[Tensor, dict[str, Tensor]]:
             part = tokens[index]
             pulled = slope[owner[index]] * token_logprobs(logits, part.actions)
             return pulled, token_metrics(logits.detach(), part, self.beta)

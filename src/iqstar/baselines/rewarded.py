@@ -21,7 +21,7 @@ from iqstar.head import head_loss
 from iqstar.judges import Judge, asked
 from iqstar.judges.base import check_named, name_of, reason_of, tell_of_gaps, warn_once
 from iqstar.logprobs import sampled_kl, token_logprobs
-from iqstar.losses import AssignedAdvantage, TokenPolicyGradientLoss
+from iqstar.losses import AssignedAdvantage, Target, TokenPolicyGradientLoss
 from iqstar.mdp import Rollout
 from iqstar.policy import PolicySpec
 from iqstar.ranks import gather
@@ -173,9 +173,11 @@ class RewardedModule(AlignmentModule):
             hidden: The policy's states that predict their tokens.
         """
 
-        def per_token(logits: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def per_token(
+            logits: Tensor, index: Tensor, target: Target
+        ) -> tuple[Tensor, dict[str, Tensor]]:
             tokens = micro.tokens[index]
-            losses, metrics = self.loss.per_token(logits, tokens, _no_target)
+            losses, metrics = self.loss.per_token(logits, tokens, target)
             if self.kl_in_loss:
                 logprobs = token_logprobs(logits, tokens.actions)
                 losses = losses + self.kl_in_loss * sampled_kl(logprobs, tokens.reference)
@@ -192,7 +194,3 @@ class RewardedModule(AlignmentModule):
 def _known(micro: MicroBatch, scores: Float[Tensor, " batch"]) -> Float[Tensor, " tokens"]:
     """1 at the tokens of responses that have a score, 0 elsewhere."""
     return micro.rollout.spread(~scores.isnan()).to(micro.tokens.weight)
-
-
-def _no_target() -> Tensor:
-    raise AssertionError("the policy gradient asks for no distribution")

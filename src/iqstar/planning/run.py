@@ -17,6 +17,7 @@ from iqstar.distributions import HeadDistributions
 from iqstar.errors import InputError
 from iqstar.head import head_loss
 from iqstar.logprobs import entropy, kl_divergence
+from iqstar.losses import Target
 from iqstar.mdp import TokenCredits, TokenSequences
 from iqstar.module import InverseQStar
 from iqstar.optim import parameter_groups
@@ -248,14 +249,15 @@ class _Tracer:
                 hidden = actor.hidden(self.sequences(rows))
                 kept = trace.live - stored
 
-                def per_token(logits: Tensor, index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-                    losses, metrics = module.loss.per_token(
-                        logits, credits[index], lambda: target.logprobs(index)
-                    )
+                def per_token(
+                    logits: Tensor, index: Tensor, wanted: Target
+                ) -> tuple[Tensor, dict[str, Tensor]]:
+                    losses, metrics = module.loss.per_token(logits, credits[index], wanted)
                     metrics |= token_metrics(logits.detach(), credits[index], module.beta)
                     return losses * credits.weight[index], metrics
 
-                total, _ = head_loss(hidden, actor.head(module.temperature), per_token)
+                wanted = target.logprobs if module.loss.needs_distribution else None
+                total, _ = head_loss(hidden, actor.head(module.temperature), per_token, wanted)
             forward = trace.peak - stored
             trace.peak = trace.live
             del hidden
