@@ -29,7 +29,7 @@ by the loss of a block; the rest is for what the matrix products set aside."""
 COPIES_ON_GPU = 7.0
 """The same on a GPU, where a loss sets aside four times its chunk."""
 
-Target = Callable[[Tensor], Tensor]
+TargetFn = Callable[[Tensor], Tensor]
 """Token indices of a chunk → what its losses compare the logits with, ``(chunk, vocab)``."""
 TokenLossFn = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, dict[str, Tensor]]]
 """(logits of a block, its token indices, its target) → (loss per token, detached metrics)."""
@@ -113,7 +113,7 @@ def head_loss(
     hidden: Float[Tensor, "tokens dim"],
     head: LanguageHead,
     token_loss: TokenLossFn,
-    target: Target | None = None,
+    target: TargetFn | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Sum over tokens of a loss on the logits, without ever holding all the logits.
 
@@ -147,7 +147,7 @@ class _HeadLoss(torch.autograd.Function):
         bias: Tensor | None,
         head: LanguageHead,
         token_loss: TokenLossFn,
-        target: Target | None,
+        target: TargetFn | None,
         grad: bool,
         metrics: dict[str, Tensor],
     ) -> Tensor:

@@ -17,7 +17,6 @@ from iqstar.distributions import HeadDistributions
 from iqstar.errors import InputError
 from iqstar.head import head_loss
 from iqstar.logprobs import entropy, kl_divergence
-from iqstar.losses import Target
 from iqstar.mdp import TokenCredits, TokenSequences
 from iqstar.module import InverseQStar
 from iqstar.optim import parameter_groups
@@ -250,7 +249,7 @@ class _Tracer:
                 kept = trace.live - stored
 
                 def per_token(
-                    logits: Tensor, index: Tensor, wanted: Target
+                    logits: Tensor, index: Tensor, wanted: Tensor | None
                 ) -> tuple[Tensor, dict[str, Tensor]]:
                     losses, metrics = module.loss.per_token(logits, credits[index], wanted)
                     metrics |= token_metrics(logits.detach(), credits[index], module.beta)
