@@ -174,6 +174,18 @@ def test_the_command_says_what_it_made(rows, tmp_path, capsys):
     assert "r_no" not in judge.model.terms
 
 
+def test_files_of_one_name_in_two_folders_are_both_recorded(rows, tmp_path):
+    pytest.importorskip("sklearn")
+    lines = rows.read_text().splitlines(keepends=True)
+    for part, share in (("round0", lines[:30]), ("round1", lines[30:])):
+        (tmp_path / "all" / part).mkdir(parents=True)
+        (tmp_path / "all" / part / "train.jsonl").write_text("".join(share))
+    file = tmp_path / "harm.npz"
+    assert main(["harm-judge", "--data", str(tmp_path / "all"), "--output", str(file)]) == 0
+    found = HarmJudge(str(file)).model.info["data"]
+    assert list(found) == ["round0/train.jsonl", "round1/train.jsonl"]
+
+
 def test_folds_are_by_prompt():
     """Responses that give the label away by their prompt's number teach nothing across folds."""
     pytest.importorskip("sklearn")

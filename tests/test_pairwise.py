@@ -300,11 +300,11 @@ def test_verdicts():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"url": "localhost:8000"}, r"pairwise.url: 'localhost:8000' is no address"),
-        ({"url": "file:///etc/passwd"}, "pairwise.url"),
-        ({"timeout": 0.0}, "pairwise.timeout: must be at least"),
-        ({"retries": -1}, "pairwise.retries"),
-        ({"workers": 0}, "pairwise.workers"),
+        ({"url": "localhost:8000"}, r"PairwiseJudge.url: 'localhost:8000' is no address"),
+        ({"url": "file:///etc/passwd"}, "PairwiseJudge.url"),
+        ({"timeout": 0.0}, "PairwiseJudge.timeout: must be at least"),
+        ({"retries": -1}, "PairwiseJudge.retries"),
+        ({"workers": 0}, "PairwiseJudge.workers"),
     ],
 )
 def test_settings_that_make_no_sense(judge, given, message):

@@ -138,11 +138,11 @@ def test_the_version_is_that_of_what_decides(folder, tmp_path):
 
 
 def test_a_model_that_is_none(tmp_path, tiny):
-    with pytest.raises(InputError, match=r"judge.init_args.model: .* is not a reward model"):
+    with pytest.raises(InputError, match=r"RewardModelJudge.model: .* is not a reward model"):
         RewardModelJudge(str(tiny))
     with pytest.raises(InputError, match="gives 3 numbers, not one"):
         RewardModelJudge(reward_folder(tmp_path / "three", labels=3))
-    with pytest.raises(InputError, match=r"judge.init_args.model: .* does not exist"):
+    with pytest.raises(InputError, match=r"RewardModelJudge.model: .* does not exist"):
         RewardModelJudge("./nowhere")
     with pytest.raises(InputError, match="batch_size: must be at least 1"):
         RewardModelJudge(str(tiny), batch_size=0)
@@ -171,6 +171,6 @@ def test_weights_that_fail_are_an_error(tmp_path, damage, message):
         weights = load_file(file)
         del weights["score.weight"]
         save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=rf"judge\.init_args\.model: .*{message}"):
+    with pytest.raises(InputError, match=rf"RewardModelJudge\.model: .*{message}"):
         scores_of(judge, PROMPTS, RESPONSES)
     assert judge.version

@@ -7,6 +7,7 @@ Example:
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -87,9 +88,13 @@ def _read(path: str | None, kind: Kind, flag: str, split: str | None) -> list[La
 
 
 def _identities(path: str | None) -> dict[str, str]:
-    """SHA-256 of each file, by its name: a file's place says nothing elsewhere."""
+    """SHA-256 of each file, by its name in the folder: a folder's place says nothing elsewhere."""
     files = find_files(path) if path else []
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    root = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
+    return {
+        file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 def _parse(argv: list[str]) -> Namespace:

@@ -17,7 +17,8 @@ from typing import Any
 from iqstar.errors import InputError
 from iqstar.judges.base import warn_once
 
-KEY = "pairwise"
+KEY = "PairwiseJudge"
+"""Named in errors, since any key of a YAML may hold a judge."""
 LONGEST_PAUSE = 60.0
 """Seconds; also where the endpoint asks for more."""
 OUTAGE = 3

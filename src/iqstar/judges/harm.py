@@ -83,12 +83,12 @@ class HarmModel:
             )
 
     @classmethod
-    def load(cls, path: Path, key: str = "model.judge.init_args.path") -> HarmModel:
+    def load(cls, path: Path, key: str = "HarmJudge.path") -> HarmModel:
         """Reads a model's file.
 
         Args:
             path: What :meth:`save` wrote.
-            key: YAML key to name in errors.
+            key: What to call the argument in errors.
 
         Raises:
             InputError: If there is no such file, or it is not one of these.

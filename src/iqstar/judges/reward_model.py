@@ -19,7 +19,8 @@ from iqstar.mdp import Prompt
 from iqstar.pretrained import load_tokenizer, loading, resolve_model
 from iqstar.templates import jinja_text
 
-KEY = "model.judge.init_args"
+KEY = "RewardModelJudge"
+"""Named in errors, since any key of a YAML may hold a judge."""
 PAIR = "pair"
 KIND = "ForSequenceClassification"
 
