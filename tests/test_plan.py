@@ -39,11 +39,13 @@ WORK = Workload(
 )
 
 
-def trace(work=WORK, precision="32-true", estimator=None, loss=None, **spec) -> Footprint:
+def trace(
+    work=WORK, precision="32-true", estimator=None, loss=None, device="cpu", **spec
+) -> Footprint:
     module = InverseQStar(
         policy=PolicySpec(**spec), estimator=estimator or NullEstimator(), loss=loss
     )
-    return trace_run(module, tiny_model().config, {}, work, precision)
+    return trace_run(module, tiny_model().config, {}, work, precision, device)
 
 
 # ---- what is counted
@@ -145,6 +147,13 @@ def test_checkpointing_trades_flops_for_activations():
     assert less.activations < plain.activations / 2
     assert less.flops["update"] > 1.2 * plain.flops["update"]
     assert less.gradients == plain.gradients
+
+
+def test_the_head_of_a_gpu_takes_its_own_chunks():
+    """16 tokens: a CPU's losses see 2 of them at a time, a GPU's all."""
+    tokens, float32 = WORK.micro_rows * WORK.new_tokens, 4
+    logits = tokens * tiny_model().config.vocab_size * float32
+    assert logits < trace().loss < trace(device="cuda").loss
 
 
 def test_more_rows_and_longer_prompts_take_more():
@@ -339,6 +348,19 @@ def test_without_evaluations_there_is_none_to_hold(tmp_path, tiny, capsys):
     phases = plan_of(capsys, argv)["phase_bytes"]
     without = plan_of(capsys, [*argv, "--trainer.limit_val_batches", "0"])["phase_bytes"]
     assert phases.keys() - without.keys() == {"evaluation"}
+
+
+def test_credits_from_a_file_need_no_scoring_and_no_reference(tmp_path, tiny, capsys):
+    own = ["--model.rollout", "iqstar.scored.ScoredRollout"]
+    own += ["--model.rollout.init_args.path", "credits.parquet"]
+    own += ["--model.loss", "iqstar.losses.RewardImitationLoss"]
+    argv = arguments(tmp_path, tiny, "--json", *own)
+    plan = plan_of(capsys, argv)
+    assert plan["part_bytes"]["update"]["reference"] > 0  # for the evaluations
+    assert plan["part_bytes"]["update"]["frozen models' hidden states"] == 0
+    assert plan["step_flops"]["scoring"] == 0
+    without = plan_of(capsys, [*argv, "--trainer.limit_val_batches", "0"])
+    assert "reference" not in without["part_bytes"]["update"]
 
 
 def test_models_of_the_estimators_own(tmp_path, tiny, capsys):

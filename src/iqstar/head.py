@@ -48,6 +48,7 @@ class LanguageHead:
         temperature: Divisor of the logits; the same for policy, reference and estimator.
         budget: Bytes that the logits of a chunk, and what is computed from them, may take; None
             for :data:`BUDGET`, or :data:`BUDGET_ON_GPU`. Changes no number beyond rounding.
+        planned_on: Type of device whose chunks to take; None for the weight's own.
     """
 
     weight: Float[Tensor, "rows dim"]
@@ -57,6 +58,12 @@ class LanguageHead:
     softcap: float = 0.0
     temperature: float = 1.0
     budget: int | None = None
+    planned_on: str | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether chunks are a CPU's."""
+        return (self.planned_on or self.weight.device.type) == "cpu"
 
     @property
     def rows(self) -> int:
@@ -65,9 +72,8 @@ class LanguageHead:
         The one rule for all models, so that a policy and a frozen model of equal weights meet the
         same matrix shapes and agree bit for bit.
         """
-        on_cpu = self.weight.device.type == "cpu"
-        budget = self.budget or (BUDGET if on_cpu else BUDGET_ON_GPU)
-        return chunk_rows(self.vocab_size, budget, COPIES if on_cpu else COPIES_ON_GPU)
+        budget = self.budget or (BUDGET if self.on_cpu else BUDGET_ON_GPU)
+        return chunk_rows(self.vocab_size, budget, COPIES if self.on_cpu else COPIES_ON_GPU)
 
     def prepared(self) -> LanguageHead:
         """The head with its weight detached, cut to the vocabulary, in the compute precision.
@@ -162,7 +168,7 @@ class _HeadLoss(torch.autograd.Function):
             compared = None if target is None else target(index)
             rows = hidden.detach()[index].to(prepared.weight.dtype)
             slope = prepared.logits(rows)
-            for block in _blocks(slope):
+            for block in _blocks(len(slope), BLOCKS if head.on_cpu else 1):
                 loss, sums = _loss_and_slope(
                     slope[block],
                     index[block],
@@ -195,11 +201,10 @@ class _HeadLoss(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _blocks(chunk: Float[Tensor, "chunk vocab"]) -> list[slice]:
-    """The blocks of a chunk's rows; of none, a block of none, which still has its metrics."""
-    parts = BLOCKS if chunk.device.type == "cpu" else 1
-    size = max(1, len(chunk) // parts)
-    return [slice(start, start + size) for start in range(0, max(1, len(chunk)), size)]
+def _blocks(rows: int, number: int) -> list[slice]:
+    """About so many blocks of rows; of none, a block of none, which still has its metrics."""
+    size = max(1, rows // number)
+    return [slice(start, start + size) for start in range(0, max(1, rows), size)]
 
 
 def _loss_and_slope(
@@ -215,11 +220,12 @@ def _loss_and_slope(
     with torch.set_grad_enabled(grad):
         losses, metrics = token_loss(logits, index, target)
         total = losses.sum()
+    sums = {name: value.detach().sum() for name, value in metrics.items()}  # may view the logits
     if grad:
         (slope,) = torch.autograd.grad(total, logits)
         replaced = logits.detach()
         torch.mul(slope, head.slope(replaced), out=replaced)
-    return total.detach(), {name: value.detach().sum() for name, value in metrics.items()}
+    return total.detach(), sums
 
 
 def _add_outer(

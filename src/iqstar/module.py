@@ -166,8 +166,8 @@ class InverseQStar(AlignmentModule):
         ) -> tuple[Tensor, dict[str, Tensor]]:
             tokens = micro.tokens[index]
             losses, metrics = self.loss.per_token(logits, tokens, target)
-            metrics |= token_metrics(logits.detach(), tokens, self.beta)
-            return losses * tokens.weight, metrics
+            curves = token_metrics(logits.detach(), tokens, self.beta)
+            return losses * tokens.weight, {**metrics, **curves}
 
         target = micro.target.logprobs if self.loss.needs_distribution else None
         return head_loss(hidden, self.actor.head(self.temperature), per_token, target)

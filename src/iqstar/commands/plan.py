@@ -115,7 +115,8 @@ def plan_run(cli: PlanCLI) -> dict[str, Any]:
     )
     precision = trainer.precision or default_precision("gpu" if devices.gpu else "cpu")
     policy, own_models = architectures(cli.model, options.architecture)
-    run = trace_run(cli.model, policy, own_models, work, str(precision))
+    device = "cuda" if devices.gpu else "cpu"
+    run = trace_run(cli.model, policy, own_models, work, str(precision), device)
     if not devices.gpu:  # after tracing, which loads about what a run does
         devices = replace(devices, libraries=resident())
     plan = make_plan(run, devices)

@@ -30,8 +30,10 @@ class _Vocabulary(ChatFormat):
         self.vocab_size = size
 
 
-def empty_policy(spec: PolicySpec, config: PretrainedConfig, precision: str) -> Policy:
-    """A policy and its reference on the meta device."""
+def empty_policy(
+    spec: PolicySpec, config: PretrainedConfig, precision: str, reference: bool = True
+) -> Policy:
+    """A policy and, where it is kept, its reference, on the meta device."""
     from transformers import AutoModelForCausalLM
 
     if spec.attn_implementation == attention.NAME:
@@ -48,7 +50,7 @@ def empty_policy(spec: PolicySpec, config: PretrainedConfig, precision: str) -> 
         raise InputError(f"model.policy: the model cannot be built: {error}") from error
     chat = _Vocabulary(config.get_text_config().vocab_size)
     with torch.device("meta"):
-        policy = make_policy(CausalLM(model, chat), spec, precision)
+        policy = make_policy(CausalLM(model, chat), spec, precision, reference)
     for lm in (policy.actor, policy.frozen):
         if lm is not None and precision in TRUE:
             lm.to(TRUE[precision])

@@ -5,32 +5,31 @@ Nothing here knows an architecture, nor several devices: :mod:`iqstar.planning.m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from iqstar.curves import token_metrics
-from iqstar.distributions import HeadDistributions
+from iqstar.distributions import HeadDistributions, TokenDistributions, Unknown
 from iqstar.errors import InputError
-from iqstar.head import head_loss
+from iqstar.head import LanguageHead, head_loss
 from iqstar.logprobs import entropy, kl_divergence
 from iqstar.mdp import TokenCredits, TokenSequences
 from iqstar.module import InverseQStar
 from iqstar.optim import parameter_groups
 from iqstar.planning.empty import TRUE, cast_bytes, empty_policy, weights_of
 from iqstar.planning.footprint import Footprint, Generation, Weights, Workload
+from iqstar.planning.scorer import TracedScorer
 from iqstar.planning.tracing import Trace, fake_weights, without_memory
-from iqstar.policy import AUTOCAST, CausalLM, Policy
+from iqstar.policy import AUTOCAST, Policy
 from iqstar.sampling import CategoricalSampler
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-CHARACTERS_PER_TOKEN = 3
-"""Of a principle; English has more, so that a principle is rather taken for too long."""
 
 
 def trace_run(
@@ -39,6 +38,7 @@ def trace_run(
     own_models: dict[str, PretrainedConfig],
     workload: Workload,
     precision: str,
+    device: str = "cpu",
 ) -> Footprint:
     """Traces a rollout, its scoring and one update of a run, and an evaluation.
 
@@ -48,6 +48,7 @@ def trace_run(
         own_models: Architectures of the estimator's own models, by name.
         workload: Sizes.
         precision: The trainer's.
+        device: Type of device that is planned for; what is traced is on a CPU.
 
     Raises:
         InputError: If the architecture or the precision is not supported.
@@ -55,7 +56,8 @@ def trace_run(
     if precision not in ("32-true", *AUTOCAST, *TRUE):
         known = ", ".join(("32-true", *AUTOCAST, *TRUE))
         raise InputError(f"trainer.precision: iqstar plan knows {known}; got {precision}")
-    policy = empty_policy(module.spec, config, precision)
+    reference = not module.rollout.credits_known or workload.evaluated_rows > 0
+    policy = empty_policy(module.spec, config, precision, reference)
     frozen = {} if policy.frozen is None else {"reference": weights_of(policy.frozen)}
     for name, other in own_models.items():
         model = empty_policy(module.spec.beside(name), other, precision).frozen
@@ -63,16 +65,23 @@ def trace_run(
         frozen[name] = weights_of(model)
     with without_memory():
         fake_weights(*(m for m in (policy.actor, policy.frozen) if m is not None))
-        return _Tracer(module, policy, workload, AUTOCAST.get(precision)).footprint(frozen)
+        tracer = _Tracer(module, policy, workload, AUTOCAST.get(precision), device)
+        return tracer.footprint(frozen)
 
 
 class _Tracer:
     """Traces the parts of one run; all its tensors are fake."""
 
     def __init__(
-        self, module: InverseQStar, policy: Policy, work: Workload, dtype: torch.dtype | None
+        self,
+        module: InverseQStar,
+        policy: Policy,
+        work: Workload,
+        dtype: torch.dtype | None,
+        device: str,
     ) -> None:
         self.module = module
+        self.device = device
         self.policy = policy
         self.work = work
         self.dtype = dtype
@@ -131,6 +140,10 @@ class _Tracer:
     def autocast(self) -> Iterator[None]:
         with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype is not None):
             yield
+
+    def planned(self, head: LanguageHead) -> LanguageHead:
+        """The head with the chunks of the device that is planned for."""
+        return replace(head, planned_on=self.device)
 
     def sequences(self, rows: int, more: int = 0) -> TokenSequences:
         """Prompts, ``more`` tokens of a principle, and responses of full length."""
@@ -215,9 +228,10 @@ class _Tracer:
         sequences = self.sequences(rows)
         with self.autocast(), Trace(self.weights) as trace:
             actor = self.policy.actor
-            ours = HeadDistributions(actor.hidden(sequences), actor.frozen_head())
+            ours = HeadDistributions(actor.hidden(sequences), self.planned(actor.frozen_head()))
             with self.policy.reference() as model:
-                theirs = HeadDistributions(model.hidden(sequences), model.frozen_head())
+                head = self.planned(model.frozen_head())
+                theirs = HeadDistributions(model.hidden(sequences), head)
             index = torch.arange(min(ours.rows, len(ours)))
             logp = ours.logprobs(index)
             kl_divergence(logp, theirs.logprobs(index))
@@ -228,19 +242,25 @@ class _Tracer:
         """One micro-batch under the frozen models, then under the policy, forward and backward."""
         work, module, actor = self.work, self.module, self.policy.actor
         rows, tokens = work.micro_rows, work.micro_rows * work.new_tokens
-        scorer = _Scorer(self)
+        scorer = TracedScorer(
+            self.policy,
+            lambda more: self.sequences(rows, more),
+            lambda model: self.planned(model.frozen_head(module.temperature)),
+        )
         actions, zeros = torch.zeros(tokens).long(), torch.zeros(tokens)
         credits = TokenCredits(
             actions=actions, reference=zeros, credit=zeros, weight=zeros, behaviour=zeros
         )
         with Trace(self.weights) as trace:
-            with self.autocast(), torch.no_grad():
-                reference = scorer.scored(self.sequences(rows))
-                target = module.estimator.estimate(scorer, reference, seed=0)
-                if module.loss.needs_behaviour:
-                    scorer.scored(self.sequences(rows))
-                reference.at(actions)
-                target.at(actions)
+            target: TokenDistributions = Unknown(tokens)
+            if not module.rollout.credits_known:
+                with self.autocast(), torch.no_grad():
+                    reference = scorer.scored()
+                    target = module.estimator.estimate(scorer, reference, seed=0)
+                    if module.loss.needs_behaviour:
+                        scorer.scored()
+                    reference.at(actions)
+                    target.at(actions)
             stored, scoring, scoring_flops = trace.live, trace.peak, trace.flops
             hidden_states = sum(scorer.hidden)
             trace.peak = trace.live
@@ -252,11 +272,12 @@ class _Tracer:
                     logits: Tensor, index: Tensor, wanted: Tensor | None
                 ) -> tuple[Tensor, dict[str, Tensor]]:
                     losses, metrics = module.loss.per_token(logits, credits[index], wanted)
-                    metrics |= token_metrics(logits.detach(), credits[index], module.beta)
-                    return losses * credits.weight[index], metrics
+                    curves = token_metrics(logits.detach(), credits[index], module.beta)
+                    return losses * credits.weight[index], {**metrics, **curves}
 
                 wanted = target.logprobs if module.loss.needs_distribution else None
-                total, _ = head_loss(hidden, actor.head(module.temperature), per_token, wanted)
+                head = self.planned(actor.head(module.temperature))
+                total, _ = head_loss(hidden, head, per_token, wanted)
             forward = trace.peak - stored
             trace.peak = trace.live
             del hidden
@@ -267,7 +288,9 @@ class _Tracer:
         casts = min(self.all_casts - self.head_casts, kept)
         whole = round(hidden_states * work.rollout_rows / rows)
         return {
-            "scoring": scoring - stored + max(scorer.hidden),  # and once more while joined
+            "scoring": scoring
+            - stored
+            + max(scorer.hidden, default=0),  # and once more while joined
             "stored": stored - hidden_states + whole,
             "activations": kept - casts,
             "loss": forward - kept,
@@ -293,33 +316,3 @@ class _Tracer:
         leaves = [t for state in optimizer.state.values() for t in state.values()]
         states = sum(t.nbytes for t in leaves if isinstance(t, Tensor))
         return states, max(trace.peak - states, 0), False
-
-
-class _Scorer:
-    """Scores one micro-batch under frozen models, in place of ``scoring.RolloutScorer``."""
-
-    def __init__(self, tracer: _Tracer) -> None:
-        self.tracer = tracer
-        self.hidden: list[int] = []
-        self._head: Any = None
-
-    def scored(self, sequences: TokenSequences) -> HeadDistributions:
-        tracer = self.tracer
-        with tracer.policy.reference() as model:
-            hidden = model.hidden(sequences)
-            if self._head is None:
-                self._head = model.frozen_head(tracer.module.temperature)
-        self.hidden.append(hidden.nbytes)
-        return HeadDistributions(hidden, self._head)
-
-    def unconditioned(self, model: CausalLM | None) -> HeadDistributions:
-        """See :class:`iqstar.estimators.FrozenScorer`; as large as the reference, at most."""
-        return self.scored(self.tracer.sequences(self.tracer.work.micro_rows, 0))
-
-    def conditioned(
-        self, principle: str | Sequence[str], placement: str, model: CausalLM | None = None
-    ) -> HeadDistributions:
-        """See :class:`iqstar.estimators.FrozenScorer`."""
-        texts = [principle] if isinstance(principle, str) else principle
-        more = max(map(len, texts)) // CHARACTERS_PER_TOKEN
-        return self.scored(self.tracer.sequences(self.tracer.work.micro_rows, more))
