@@ -607,6 +607,18 @@ def test_a_ratio_that_is_never_clipped_is_named_by_its_key(tiny, kind):
         build(kind, tiny, clip_ratio=0.0)
 
 
+@pytest.mark.parametrize("kind", [PPO, GRPO])
+def test_predictions_ask_no_judge(tiny, kind):
+    class Gone(Vowels):
+        def score(self, prompts, responses):
+            raise AssertionError("asked")
+
+    module = attach(build(kind, tiny, reward=Gone()))
+    rows = module.predict_step(PromptBatch(prompts=PROMPTS[:2]), 0)
+    assert rows
+    assert not any(any(row["credits"]) for row in rows)
+
+
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_predictions_of_dpo_are_no_pairs(tiny, prompts):
     """An odd number of responses: each has its row, and nobody gave it credit."""

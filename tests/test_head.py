@@ -142,6 +142,15 @@ def test_a_frozen_head_passes_the_gradient_on_and_takes_none():
     assert torch.equal(frozen, free)
 
 
+def test_a_metric_may_be_a_view_of_the_logits():
+    """Their gradient takes their place only when the metrics are summed."""
+    hidden, head = setting("all")
+    _, metrics = head_loss(
+        hidden, head, lambda z, i, _: (reverse_kl(z, z.detach() * 0), {"first": z.detach()[:, 0]})
+    )
+    torch.testing.assert_close(metrics["first"], naive_logits(hidden, head).detach()[:, 0].sum())
+
+
 def test_no_token_makes_a_loss_of_zero():
     hidden, head = setting("bias")
     total, metrics = head_loss(hidden[:0], head, imitation)

@@ -9,9 +9,10 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from fitting import PROMPTS, ask, attach, fit, make_module
+from fitting import PROMPTS, SaveAt, ask, attach, copied, fit, make_module, same_bits, trained
 from iqstar.baselines import DPO
 from iqstar.callbacks import KLLimit
+from iqstar.checkpoints import AtomicCheckpointIO
 from iqstar.credit import Whiten
 from iqstar.data import Sample
 from iqstar.errors import InputError
@@ -19,7 +20,7 @@ from iqstar.estimators import AlignedPairEstimator, ContrastiveEstimator
 from iqstar.evaluation import Evaluation
 from iqstar.evaluation import Sample as Said
 from iqstar.judges import VaderJudge
-from iqstar.losses import RewardImitationLoss
+from iqstar.losses import RewardImitationLoss, TokenPolicyGradientLoss
 from iqstar.mdp import PromptBatch
 from iqstar.module import InverseQStar
 from iqstar.policy import PolicySpec
@@ -55,6 +56,55 @@ def test_resumes_inside_a_rollout(tiny, tmp_path):
     second.fit(module, data(), ckpt_path=path)
     assert second.global_step == 4
     assert module.progress.rollouts == 3  # one before, its rest, and the next
+
+
+def test_a_module_that_has_trained_goes_on_as_a_new_one(tiny, tmp_path):
+    """What counts is the rollout of the checkpoint, not the one that the module was left with."""
+    more = {"batch_size": 4, "plugins": [AtomicCheckpointIO()]}
+    path = tmp_path / "inside.ckpt"
+    module = make_module(tiny, micro_batch_size=2)
+    fit(module, PROMPTS, max_steps=5, callbacks=[SaveAt(1, path)], **more)
+    fresh = make_module(tiny, micro_batch_size=2)
+    for each in (module, fresh):
+        fit(each, PROMPTS, max_steps=2, ckpt_path=path, **more)
+    assert same_bits(copied(trained(module)), copied(trained(fresh)))
+
+
+def test_a_rollout_is_not_taken_up_in_other_micro_batches(tiny, tmp_path):
+    """Two steps each, so that the loader goes on where it was."""
+    more = {"batch_size": 4, "plugins": [AtomicCheckpointIO()]}
+    path = tmp_path / "inside.ckpt"
+    first = make_module(tiny, micro_batch_size=2, epochs_per_rollout=1)
+    fit(first, PROMPTS, max_steps=1, callbacks=[SaveAt(1, path)], **more)
+    second = make_module(tiny, micro_batch_size=4, epochs_per_rollout=2)
+    message = r"micro-batches of \[2, 2\] responses, this run has \[4\]; set model.micro_batch_size"
+    with pytest.raises(InputError, match=message):
+        fit(second, PROMPTS, max_steps=2, ckpt_path=path, **more)
+
+
+def test_a_rollout_of_another_loss_has_no_log_probs_of_its_weights(tiny, tmp_path):
+    more = {"batch_size": 4, "plugins": [AtomicCheckpointIO()]}
+    path = tmp_path / "inside.ckpt"
+    first = make_module(tiny, micro_batch_size=2)
+    fit(first, PROMPTS, max_steps=1, callbacks=[SaveAt(1, path)], **more)
+    second = make_module(tiny, micro_batch_size=2, loss=TokenPolicyGradientLoss())
+    with pytest.raises(InputError, match="or a checkpoint between two rollouts"):
+        fit(second, PROMPTS, max_steps=2, ckpt_path=path, **more)
+
+
+def test_a_loss_cannot_take_the_name_of_a_curve(tiny):
+    class Named(RewardImitationLoss):
+        def per_token(self, logits, tokens, target):
+            losses, _ = super().per_token(logits, tokens, target)
+            return losses, {"kl": losses.detach()}
+
+    with pytest.raises(InputError, match="Named measures kl, but curves of every loss are called"):
+        fit(make_module(tiny, loss=Named()), PROMPTS, max_steps=1)
+
+
+def test_autocast_knows_no_float64(tiny):
+    with pytest.raises(InputError, match=r"model\.policy\.dtype: float64 does not go with"):
+        attach(make_module(tiny, spec={"dtype": "float64"}), "bf16-mixed")
 
 
 class SaveInside(Callback):

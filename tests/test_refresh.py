@@ -44,6 +44,15 @@ def test_a_renewal_waits_for_the_next_rollout(tiny):
     assert torch.equal(own, done.weights[2])
 
 
+def test_another_fit_of_the_same_module_renews_from_its_own_start(tiny):
+    """Its steps count from 0 again; those of the first fit do not."""
+    module = make_module(tiny, refresh=PeriodicRefresh(every=1))
+    fit(module, PROMPTS, max_steps=3)
+    done = fit(module, PROMPTS, max_steps=3)
+    own = torch.cat([p.flatten() for p in module.frozen.parameters()])
+    assert torch.equal(own, done.weights[2])
+
+
 def test_one_role_alone_may_move(tiny):
     start = weights(attach(make_module(tiny)).frozen)
     for of in ("reference", "estimator"):

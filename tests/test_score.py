@@ -324,7 +324,7 @@ def test_a_loss_that_asks_for_distributions_unannounced(tiny, file):
     class Sly(DistributionImitationLoss):
         needs_distribution = False
 
-    with pytest.raises(InputError, match="it asks for distributions over the vocabulary"):
+    with pytest.raises(InputError, match="without saying so; set needs_distribution = True"):
         fit(build(tiny, ScoredRollout(str(file), LIMIT), loss=Sly()), TALK, max_steps=1)
 
 

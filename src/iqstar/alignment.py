@@ -236,7 +236,8 @@ class AlignmentModule(TrainedModule):
         self.log("kl", means["kl"].float(), prog_bar=True, logger=False)
 
     def on_train_start(self) -> None:
-        """Starts the clock of the throughput curve."""
+        """Starts the clock of the throughput curve, and forgets the rollout of an earlier fit."""
+        self._buffer, self._batch, self._saved_rollout = [], None, None
         super().on_train_start()
         self.progress.clock = time.perf_counter()
 

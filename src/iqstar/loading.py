@@ -60,7 +60,15 @@ def make_policy(
     """The policy and its frozen reference, from a model that is loaded; arguments as above.
 
     It computes nothing, so the weights may be on the meta device.
+
+    Raises:
+        InputError: If autocast does not know the dtype of the weights.
     """
+    if spec.dtype == "float64" and precision in AUTOCAST:
+        raise InputError(
+            f"model.policy.dtype: float64 does not go with trainer.precision: {precision}, which "
+            "casts float32 only; set the precision to 64-true or 32-true, or the dtype to float32"
+        )
     if spec.lora is not None:
         actor.model.requires_grad_(False)
         _cast_matrices(actor.model, precision)

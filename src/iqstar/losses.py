@@ -28,6 +28,20 @@ Target = Float[Tensor, "chunk vocab"] | None
 """Normalised log π̂*; None where the loss does not need it, since it costs a head product."""
 
 
+def given(target: Target) -> Float[Tensor, "chunk vocab"]:
+    """The target, which a loss or an advantage cannot do without.
+
+    Raises:
+        InputError: If it was not asked for.
+    """
+    if target is None:
+        raise InputError(
+            "model.loss: it reads π̂* over the vocabulary without saying so; set needs_distribution "
+            "= True in its class"
+        )
+    return target
+
+
 class TokenLoss(ABC):
     """A loss per response token; the class is the option."""
 
@@ -45,7 +59,7 @@ class TokenLoss(ABC):
         """Loss and metrics of every token of a chunk.
 
         Args:
-            logits: The policy's, differentiable.
+            logits: The policy's, differentiable. Keep none: their gradient takes their place.
             tokens: The chunk's actions, reference log-probs and credit.
             target: log π̂* over the vocabulary; None unless :attr:`needs_distribution`.
 
@@ -156,8 +170,7 @@ class DistributionImitationLoss(TokenLoss):
         self, logits: Float[Tensor, "chunk vocab"], tokens: TokenCredits, target: Target
     ) -> tuple[Float[Tensor, " chunk"], dict[str, Float[Tensor, " chunk"]]]:
         """See :meth:`TokenLoss.per_token`."""
-        assert target is not None
-        return self.divergence.between(logits, target), {}
+        return self.divergence.between(logits, given(target)), {}
 
 
 class Advantage(ABC):
@@ -204,8 +217,7 @@ class CreditAdvantage(Advantage):
         """See :meth:`Advantage.of`."""
         advantage = tokens.credit - implied
         if self.state_baseline:
-            assert target is not None
-            advantage = advantage + kl_divergence(logits.log_softmax(dim=-1), target)
+            advantage = advantage + kl_divergence(logits.log_softmax(dim=-1), given(target))
         return advantage
 
 
@@ -275,8 +287,9 @@ class TokenPolicyGradientLoss(TokenLoss):
         if tokens.behaviour is None:
             raise InputError(
                 "model.loss: TokenPolicyGradientLoss needs responses that the policy sampled "
-                "itself; data-set responses have no behaviour log-probs. Use a GenerateRollout, "
-                "or RewardImitationLoss / DistributionImitationLoss"
+                "itself, with their log-probs; data-set responses have none, nor has a rollout in "
+                "a checkpoint of another loss. Use a GenerateRollout, RewardImitationLoss or "
+                "DistributionImitationLoss, or a checkpoint between two rollouts"
             )
         logprobs = token_logprobs(logits, tokens.actions)
         implied = (logprobs - tokens.reference).detach()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from iqstar.alignment import AlignmentModule
 from iqstar.assignment import MicroBatch, assign_credit
 from iqstar.credit import CreditTransform
-from iqstar.curves import token_metrics
+from iqstar.curves import TRAIN_MEANS, token_metrics
 from iqstar.errors import InputError
 from iqstar.estimators import OptimalPolicyEstimator
 from iqstar.estimators.principle import ToldEstimator
@@ -109,6 +109,11 @@ class InverseQStar(AlignmentModule):
         """The models that follow the policy."""
         return self._moving
 
+    def on_train_start(self) -> None:
+        """Counts anew in another fit of this module."""
+        self._refreshed = min(self._refreshed, self.global_step)
+        super().on_train_start()
+
     def before_rollout(self) -> None:
         """Renews the models that follow the policy, where that is due."""
         if self.refresh is None or self.global_step - self._refreshed < self.refresh.every:
@@ -166,6 +171,11 @@ class InverseQStar(AlignmentModule):
         ) -> tuple[Tensor, dict[str, Tensor]]:
             tokens = micro.tokens[index]
             losses, metrics = self.loss.per_token(logits, tokens, target)
+            if taken := metrics.keys() & set(TRAIN_MEANS):
+                raise InputError(
+                    f"model.loss: {type(self.loss).__name__} measures {', '.join(sorted(taken))}, "
+                    "but curves of every loss are called so; give it another name"
+                )
             curves = token_metrics(logits.detach(), tokens, self.beta)
             return losses * tokens.weight, {**metrics, **curves}
 

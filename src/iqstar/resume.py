@@ -140,6 +140,7 @@ def rollout_state(
         "prompts": [_plain(prompt) for part in parts for prompt in part.prompts],
         "responses": [response for part in parts for response in part.responses],
         "truncated": [bool(cut) for part in parts for cut in part.truncated],
+        "rows": [len(part) for part in parts],
         "kept": [
             {name: _own(getattr(micro.tokens, name)) for name in kept} for micro in micro_batches
         ],
@@ -155,7 +156,19 @@ def rollout_from(state: dict[str, Any], pad_id: int, device: torch.device) -> Ro
 
 
 def with_kept(micro_batches: Sequence[MicroBatch], state: dict[str, Any]) -> list[MicroBatch]:
-    """The same micro-batches with what :func:`rollout_state` kept of them."""
+    """The same micro-batches with what :func:`rollout_state` kept of them.
+
+    Raises:
+        InputError: If the rollout was cut into other micro-batches.
+    """
+    sizes = [len(micro.rollout) for micro in micro_batches]
+    if "rows" in state and sizes != state["rows"]:
+        raise InputError(
+            f"--ckpt_path: the checkpoint was made inside a rollout in micro-batches of "
+            f"{state['rows']} responses, this run has {sizes}; set model.micro_batch_size and "
+            "model.rollout.responses_per_prompt as they were, or take a checkpoint between two "
+            "rollouts"
+        )
     return [
         replace(
             micro,

@@ -80,17 +80,7 @@ class RewardedModule(AlignmentModule):
 
     def assign(self, rollout: Rollout, seed: int, resuming: bool = False) -> list[MicroBatch]:
         """Scores the responses, and gives each token its advantage."""
-        assert self.policy is not None
-        parts = assign_credit(
-            self.policy,
-            rollout,
-            NullEstimator(),  # no credit yet: log-probs of policy and reference only
-            (),
-            temperature=self.temperature,
-            micro_batch_size=self.micro_batch_size or len(rollout),
-            needs_behaviour=not resuming,
-            seed=seed,
-        )
+        parts = self._without_credit(rollout, seed, needs_behaviour=not resuming)
         if resuming:
             return [self.blank(part) for part in parts]
         found = torch.tensor(self._scored(rollout), dtype=torch.float64)
@@ -101,6 +91,26 @@ class RewardedModule(AlignmentModule):
             for part, own in zip(parts, scores.split(sizes), strict=True)
         ]
         return self.advantages(parts)
+
+    def assign_unchanged(self, rollout: Rollout, seed: int) -> list[MicroBatch]:
+        """Advantages are for training: responses that are predicted need no judge."""
+        return self._without_credit(rollout, seed, needs_behaviour=False)
+
+    def _without_credit(
+        self, rollout: Rollout, seed: int, needs_behaviour: bool
+    ) -> list[MicroBatch]:
+        """Log-probs of reference and, if needed, policy only."""
+        assert self.policy is not None
+        return assign_credit(
+            self.policy,
+            rollout,
+            NullEstimator(),
+            (),
+            temperature=self.temperature,
+            micro_batch_size=self.micro_batch_size or len(rollout),
+            needs_behaviour=needs_behaviour,
+            seed=seed,
+        )
 
     def _scored(self, rollout: Rollout) -> list[float]:
         """The judge's score of each response; NaN where it gave none.
