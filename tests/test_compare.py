@@ -359,6 +359,30 @@ def test_a_package_that_is_missing_is_told_before_anything_runs(
     assert not list(tmp_path.rglob("summary.json"))
 
 
+@pytest.mark.parametrize(
+    ("flag", "place"),
+    [("--output", "taken"), ("--report", "folder.md"), ("--report", "taken/a.md")],
+)
+def test_what_cannot_be_written_is_told_before_anything_runs(
+    tiny, tmp_path, monkeypatch, capsys, flag, place
+):
+    monkeypatch.setattr(compare, "make", lambda *_: pytest.fail("something ran"))
+    (tmp_path / "taken").touch()
+    (tmp_path / "folder.md").mkdir()
+    file = small(tmp_path, tiny, **{"null": {}})
+    code, err = run_cli(capsys, "compare", "--config", str(file), flag, str(tmp_path / place))
+    assert code == 2
+    assert re.search(rf"{flag}: .*{place.split('/')[0]}.* cannot be written", err)
+    assert "Traceback" not in err
+
+
+def test_a_comparison_that_is_no_text(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_bytes(b"common: \xff\xfe")
+    code, err = run_cli(capsys, "compare", "--config", str(tmp_path / "a.yaml"))
+    assert (code, "Traceback" in err) == (2, False)
+    assert "a.yaml: " in err
+
+
 def small(tmp_path, tiny, **methods):
     """A comparison on the tiny model that takes seconds."""
     content = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))

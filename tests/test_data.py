@@ -3,6 +3,7 @@
 import gzip
 import json
 from dataclasses import dataclass
+from errno import EACCES
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from iqstar.data import HHRLHF, JSONL, BeaverTails, EvalBatches, RepeatedBatches, Sample
 from iqstar.data.hh_rlhf import parse_dialogue
-from iqstar.data.reading import read_file
+from iqstar.data.reading import find_files, read_file
 from iqstar.data.turns import make_prompt, split_key
 from iqstar.errors import InputError
 from iqstar.mdp import Message, Prompt, PromptBatch
@@ -449,6 +450,31 @@ def test_an_archive_with_wrong_bytes_is_named(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(data)
     with pytest.raises(InputError, match=r"a\.jsonl\.gz:1: damaged file"):
         JSONL(path=str(tmp_path / "a.jsonl.gz")).setup("fit")
+
+
+def test_half_an_emoji_is_named(tmp_path):
+    """JSON may spell it, but no tokenizer takes it; a whole pair of escapes is text."""
+    whole, half = '{"prompt": "nice \\ud83d\\ude00"}', '{"prompt": "nice \\uD83D"}'
+    (tmp_path / "a.jsonl").write_text(f"{whole}\n{half}\n", encoding="utf-8")
+    rows = read_file(tmp_path / "a.jsonl")
+    assert next(rows).values["prompt"] == "nice 😀"
+    with pytest.raises(InputError, match=r"a\.jsonl:2: half of a pair of surrogates"):
+        next(rows)
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def denied(self, *_, **__):
+        raise PermissionError(EACCES, "Permission denied", str(self))
+
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "Hi"}\n', encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", denied)
+        with pytest.raises(InputError, match=r"a\.jsonl: cannot be read \(Permission denied\)"):
+            list(read_file(file))
+    monkeypatch.setattr(Path, "is_dir", denied)  # of a folder that may not be searched
+    with pytest.raises(InputError, match=r"data\.path: .*a\.jsonl cannot be read"):
+        find_files(str(file))
 
 
 def test_a_column_may_appear_late(tmp_path):

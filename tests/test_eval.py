@@ -135,6 +135,20 @@ def test_safety_table():
     assert (strict[0].safe_better, strict[0].unsafe_better) == (0, 1)
 
 
+def test_a_judge_without_scores_decides_nothing():
+    """Neither what is better nor what is safe, where another one can; and gaps are told of."""
+    pairs = [pair(0), pair(1)]
+    categories = {p.messages: {"drugs"} for p in pairs}
+    gone = scored("gone", [NAN, NAN], [NAN, NAN], error="no route", measures_safety=True)
+    harm = scored("harm", [0.9, 0.2], [0.1, NAN], measures_safety=True)
+    report = build_report({}, pairs, [gone, harm], categories)
+    assert (report["safety"]["judge"], report["safety"]["better_by"]) == ("harm", "harm")
+    assert report["notes"] == [
+        "the judge gone failed: no route",
+        "the judge harm left 1 of 4 responses without a score; its figures are of the others",
+    ]
+
+
 def test_which_judge_decides_what():
     pairs = [pair(0), pair(1)]
     categories = {p.messages: {"drugs"} for p in pairs}

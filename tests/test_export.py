@@ -566,6 +566,16 @@ def test_base_model_that_changed(fails, adapters, tmp_path):
     assert message.startswith("model.policy.model: ")
 
 
+def test_a_linked_folder_stays_linked(tmp_path, full, capsys):
+    """The part is written beside the folder itself, on whose disk there is room."""
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    argv = ["export", "--ckpt", str(full.ckpt), "--out", str(tmp_path / "link")]
+    assert main(argv) == main([*argv, "--overwrite"]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "out" / "config.json").exists()
+
+
 def test_merging_adapted_embeddings_of_a_tied_model(tmp_path, tiny, capsys):
     lora = {**LORA, "target_modules": ["embed_tokens", "q_proj"]}
     run = fit(tmp_path, tiny, model__init_args__policy__lora=lora)

@@ -220,6 +220,15 @@ def test_only_what_was_measured_is_called_before_and_after(steps, names):
     assert set(first_and_last([evaluation(s) for s in steps], 5)) == names
 
 
+def test_evaluations_of_other_prompts_are_not_compared():
+    """A run that goes on with other data has no score from before its training."""
+    own = VaderJudge().identity
+    history = [judged(0, 0.1, own, "ab"), judged(5, 0.6, own, "ac")]
+    with pytest.warns(UserWarning, match="on other held-out prompts than the last one"):
+        assert set(first_and_last(history, 5)) == {"after"}
+    assert set(first_and_last([history[0], judged(5, 0.6, own, "ab")], 5)) == {"before", "after"}
+
+
 def judged(step, score, judge, texts):
     samples = tuple(
         Said(prompt=f"say {t}", response=t, score=score or math.nan, tokens=3, truncated=False)

@@ -10,6 +10,7 @@ import pytest
 
 from iqstar.data import JSONL, BeaverTailsPairs, HHPairs, JSONLPairs, SafeRLHFPairs
 from iqstar.data.beavertails import audit_answers
+from iqstar.data.categories import categories_by_prompt
 from iqstar.data.jsonl import parse_row
 from iqstar.errors import InputError
 
@@ -96,6 +97,19 @@ def test_beavertails_pairs_a_safe_answer_with_an_unsafe_one(tmp_path):
     ]
     data = BeaverTailsPairs(path=write(tmp_path / "b.jsonl", rows), val_prompts=None)
     assert pairs_of(data) == {"a": ("good", "bad")}
+
+
+def test_a_pair_is_in_the_categories_of_all_its_prompts_rows(tmp_path):
+    """The safe response, which the row is of, falls into none."""
+    rows = [
+        {"prompt": "a", "response": r, "is_safe": not harms, "category": dict.fromkeys("xyz", False)
+         | dict.fromkeys(harms, True)}
+        for r, harms in (("bad", "x"), ("good", ""), ("worse", "y"))
+    ]  # fmt: skip
+    data = BeaverTailsPairs(path=write(tmp_path / "b.jsonl", rows), val_prompts=None)
+    data.setup("validate")
+    (prompt,) = data.heldout_prompts
+    assert categories_by_prompt(data, [prompt]) == {prompt.messages: {"x", "y"}}
 
 
 def test_labels_that_are_text_are_no_labels(tmp_path):

@@ -246,6 +246,12 @@ def test_two_processes_train_as_one(tiny, file, tmp_path):
 # ---- refused
 
 
+def test_a_path_may_be_below_home_and_is_no_folder(tiny, file, monkeypatch):
+    monkeypatch.setenv("HOME", str(file.parent))
+    attach(build(tiny, ScoredRollout(f"~/{file.name}", LIMIT)))
+    assert "is a folder; give a file that iqstar score wrote" in refused(tiny, file.parent)
+
+
 def refused(folder, path, precision="32-true", **options):
     """The message with which a run on a file is refused when its models are loaded."""
     with pytest.raises(InputError) as error:

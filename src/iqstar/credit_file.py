@@ -78,6 +78,8 @@ class CreditFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.is_dir():
+            raise InputError(f"{KEY}: {path} is a folder; give a file that iqstar score wrote")
         try:
             table = pq.read_table(path, page_checksum_verification=True)
         except FileNotFoundError as error:

@@ -53,7 +53,8 @@ class Export(Callback):
         """
         if self.at_end and stage == "fit":
             folder = run_folder(trainer) / FOLDER
-            check_replaceable(folder, "export.at_end", "move it, or set trainer.default_root_dir")
+            key = "logger.init_args.save_dir" if trainer.logger else "default_root_dir"
+            check_replaceable(folder, "export.at_end", f"move it, or set trainer.{key}")
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

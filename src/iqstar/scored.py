@@ -38,7 +38,7 @@ class ScoredRollout(DatasetRollout):
 
     def __init__(self, path: str, max_new_tokens: int = 64) -> None:
         super().__init__(max_new_tokens)
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self._file: CreditFile | None = None
 
     def setup(

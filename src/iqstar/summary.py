@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -116,13 +117,20 @@ def first_and_last(history: Sequence[Evaluation], steps: int) -> dict[str, Evalu
         steps: Optimiser steps of the run.
 
     Returns:
-        ``before`` and ``after``.
+        ``before`` and ``after``; not the first where it was on other prompts, which it says.
     """
     ends = {}
     if history and history[0].step == 0:
         ends["before"] = history[0]
     if history and history[-1].step == steps > 0:
         ends["after"] = history[-1]
+    asked = [[sample.prompt for sample in end.samples] for end in ends.values()]
+    if len(asked) == 2 and asked[0] != asked[1]:
+        rank_zero_warn(
+            "The evaluation before training was on other held-out prompts than the last one, so "
+            "the summary does not compare them; keep data and model.eval_samples when a run goes on"
+        )
+        del ends["before"]
     return ends
 
 

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
             cannot be written.
     """
     options = _parse(argv)
-    out = Path(options.out)
+    out = Path(options.out).expanduser().resolve()  # a link stays, its folder is replaced
     check_shard_size(options.max_shard_size, "--max_shard_size")
     _check_out(out, options.overwrite)
     ckpt = checkpoint_at(Path(options.ckpt))

@@ -176,7 +176,7 @@ def read_comparison(file: Path, fast: bool = False) -> Comparison:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--config: {file}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: {' '.join(str(error).split())}") from error
     content = _mapping(file, "the file", content)
     given = _mapping(file, "fast", content.pop("fast", {}))

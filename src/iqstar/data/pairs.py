@@ -46,18 +46,27 @@ class BeaverTailsPairs(BeaverTails):
     """BeaverTails: of each prompt its first safe response, preferred to its first unsafe one."""
 
     def rows(self) -> Iterator[Row]:
-        """One row for each prompt that has both kinds of response; all others are left out."""
+        """One row for each prompt that has both kinds of response; all others are left out.
+
+        Its categories of harm are those of any of the prompt's rows: a safe response has none.
+        """
         sides: dict[str, dict[bool, Row]] = {}
+        harms: dict[str, dict[str, bool]] = {}
         for row in super().rows():
-            prompt, safe = row.values["prompt"], row.values["is_safe"]
+            prompt, safe = str(row.values["prompt"]).strip(), row.values["is_safe"]
             if not isinstance(safe, bool):
                 yield row  # for parse to refuse
-            else:
-                sides.setdefault(str(prompt).strip(), {}).setdefault(safe, row)
-        for found in sides.values():
+                continue
+            sides.setdefault(prompt, {}).setdefault(safe, row)
+            category = row.values.get("category")
+            if isinstance(category, Mapping):
+                known = harms.setdefault(prompt, {})
+                known |= {name: bool(here or known.get(name)) for name, here in category.items()}
+        for prompt, found in sides.items():
             if len(found) == 2:
                 safe, unsafe = found[True], found[False]
                 values = {**safe.values, "rejected": unsafe.values["response"]}
+                values |= {"category": harms[prompt]} if prompt in harms else {}
                 yield replace(safe, values=values)
 
     def parse(self, row: Mapping[str, Any]) -> Prompt:

@@ -61,22 +61,31 @@ def find_files(
     known = ", ".join(SUFFIXES)
     files: list[Path] = []
     for entry in [path] if isinstance(path, str) else path:
-        place = Path(entry).expanduser()
-        if place.is_dir():
-            found = sorted(p for p in place.rglob("*") if p.is_file() and _is_data(p))
-            if not found:
-                raise InputError(f"{key}: no data file in the folder {entry}; expected {known}")
-            files += found
-        elif not place.exists():
-            hub = f", or leave {key} out to read {hub_id} from the hub" if hub_id else ""
-            raise InputError(f"{key}: no such file or folder: {entry}; give an existing one{hub}")
-        elif not _is_data(place):
-            raise InputError(f"{key}: cannot read {entry}; expected a file ending in {known}")
-        else:
-            files.append(place)
+        try:
+            files += _files_of(Path(entry).expanduser(), entry, key, hub_id)
+        except PermissionError as error:
+            raise InputError(
+                f"{key}: {error.filename or entry} cannot be read ({error.strerror}); check its "
+                "permissions"
+            ) from error
     if not files:
         raise InputError(f"{key}: the list is empty; name a file ending in {known}")
     return files
+
+
+def _files_of(place: Path, entry: str, key: str, hub_id: str | None) -> list[Path]:
+    known = ", ".join(SUFFIXES)
+    if place.is_dir():
+        found = sorted(p for p in place.rglob("*") if p.is_file() and _is_data(p))
+        if not found:
+            raise InputError(f"{key}: no data file in the folder {entry}; expected {known}")
+        return found
+    if not place.exists():
+        hub = f", or leave {key} out to read {hub_id} from the hub" if hub_id else ""
+        raise InputError(f"{key}: no such file or folder: {entry}; give an existing one{hub}")
+    if not _is_data(place):
+        raise InputError(f"{key}: cannot read {entry}; expected a file ending in {known}")
+    return [place]
 
 
 def read_file(file: Path) -> Iterator[Row]:
@@ -101,6 +110,8 @@ def _read_lines(file: Path) -> Iterator[Row]:
                 if not line.strip():
                     continue
                 values = json.loads(line)
+                if b"\\ud" in line.lower():  # half of such a pair of escapes is no text
+                    json.dumps(values, ensure_ascii=False).encode()
                 if not isinstance(values, dict):
                     raise InputError(f"{file}:{number}: not a JSON object; one object a line")
                 yield Row(values=values, source=str(file), index=index, line=number)
@@ -110,8 +121,15 @@ def _read_lines(file: Path) -> Iterator[Row]:
         raise InputError(
             f"{file}:{number}: malformed JSON: {what}; repair or remove the line"
         ) from bad
+    except UnicodeEncodeError as bad:
+        raise InputError(
+            f"{file}:{number}: half of a pair of surrogates, as where an emoji was cut in two; "
+            "repair or remove the line"
+        ) from bad
     except UnicodeDecodeError as bad:
         raise InputError(f"{file}:{number}: not UTF-8 text: {bad}; convert the file") from bad
+    except PermissionError as bad:
+        raise InputError(f"{file}: cannot be read ({bad.strerror}); check its permissions") from bad
     except (OSError, EOFError, zlib.error) as bad:
         raise InputError(f"{file}:{number + 1}: damaged file: {bad}; fetch it again") from bad
 

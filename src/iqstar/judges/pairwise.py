@@ -180,7 +180,11 @@ class PairwiseJudge:
         outage = Outage()  # of this call: the next one tries again
         with ThreadPoolExecutor(self.endpoint.workers) as pool:
             found = pool.map(lambda key: self._ask(key, unique[key], outage), unique)
-            letters = dict(zip(unique, found, strict=True))
+            try:
+                letters = dict(zip(unique, found, strict=True))
+            except BaseException:  # interrupted: what is open ends, nothing is asked again
+                outage.final = True
+                raise
         return [
             _combined(_FIRST.get(letters[a] or ""), _SECOND.get(letters[b] or ""))
             for a, b in zip(keys[: len(pairs)], keys[len(pairs) :], strict=True)

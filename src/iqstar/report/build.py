@@ -45,6 +45,12 @@ def build_report(
     safety, missing = safety_report(pairs, scores, categories, margin, threshold, safety_judge)
     measured = {side: side_measures([getattr(p, side) for p in pairs], units) for side in SIDES}
     failed = [f"the judge {s.name} failed: {s.error}" for s in scores if s.error]
+    gaps = [
+        f"the judge {s.name} left {missed} of {2 * len(pairs)} responses without a score; its "
+        "figures are of the others"
+        for s in scores
+        if not s.error and (missed := sum(map(math.isnan, [*s.policy, *s.reference])))
+    ]
     return {
         **about,
         "prompts": len(set(units)),
@@ -57,7 +63,7 @@ def build_report(
         },
         "judges": [judge_report(s, units, margin) for s in scores],
         "safety": safety,
-        "notes": [*notes, *failed, *([missing] if missing else [])],
+        "notes": [*notes, *failed, *gaps, *([missing] if missing else [])],
     }
 
 
@@ -105,8 +111,9 @@ def safety_report(
             "no table of safety by category: no judge measures safety; add one with --judges, "
             "such as iqstar.judges.HarmJudge"
         )
-    safety = judges[0]
-    better = next((s for s in scores if s.name != safety.name and s.higher_is_better), safety)
+    safety = next(filter(_scored, judges), judges[0])
+    others = (s for s in scores if s.name != safety.name and s.higher_is_better)
+    better = next(filter(_scored, others), safety)
     units = [pair.number for pair in pairs]
     rows = safety_table(
         units,
@@ -126,6 +133,11 @@ def safety_report(
         "safe_share": {side: number(mean_interval(values, units)) for side, values in safe.items()},
         "rows": [asdict(row) for row in rows],
     }, None
+
+
+def _scored(scores: Scores) -> bool:
+    """Whether a judge scored anything."""
+    return not all(map(math.isnan, scores.policy))
 
 
 def number(interval: Interval) -> dict[str, float | None]:
