@@ -163,6 +163,7 @@ def test_nobody_is_shown_a_stop_string(tiny):
     judge = Letters()
     module = attach(GRPO(PolicySpec(model=str(tiny)), judge, rollout=engine, judge=judge))
     texts = [row["response"] for row in module.predict_step(PromptBatch(prompts=PROMPTS), 0)]
+    module.collect(PROMPTS, 0)  # the reward is asked
     records, _ = sample_and_score(module.policy, PROMPTS, judge, like=engine, samples=2, seed=0)
     texts += [record.response for record in records]
     pairs = list(sample_pairs(module.policy, [PROMPTS], like=engine, samples=2, seed=0))
