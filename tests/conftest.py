@@ -15,6 +15,14 @@ import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny tensors: threads only cost
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """As in the processes that tests start: some processors' sums depend on the threads."""
+    torch.set_num_threads(1)
+
+
 # Annotations such as Float[Tensor, "batch time"] are checked at every call (style.md, habit 8).
 jaxtyping.install_import_hook("iqstar", "beartype.beartype")
 

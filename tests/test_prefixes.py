@@ -47,7 +47,8 @@ def test_states_and_gradients_are_those_of_a_whole_pass(contexts, attention):
         (states * torch.linspace(-1, 1, states.numel()).view_as(states).double()).sum().backward()
         found.append([states, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     ours, theirs = found
-    torch.testing.assert_close(ours[0], theirs[0], atol=1e-12, rtol=1e-12)
+    exact = 1e-12 if attention == "sdpa" else 1e-6  # eager's softmax is in float32
+    torch.testing.assert_close(ours[0], theirs[0], atol=exact, rtol=exact)
     for one, other in zip(ours[1:], theirs[1:], strict=True):
         # Llama's norms compute in float32, and sums over rows come before or after them.
         assert (one - other).norm() <= 1e-6 * one.norm()
