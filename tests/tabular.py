@@ -133,6 +133,5 @@ def loss_sum(
 
     hidden = torch.eye(mdp.states, dtype=torch.float64)[states]
     head = LanguageHead(weight=table.T, vocab_size=VOCAB)
-    return head_loss(hidden, head, per_token, target.logprobs if loss.needs_distribution else None)[
-        0
-    ]
+    distributions = target.logprobs if loss.needs_distribution else None
+    return head_loss(hidden, head, per_token, distributions)[0]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from iqstar.accumulation import accumulation_window
-from iqstar.assignment import MicroBatch, credit_rows
+from iqstar.assignment import MicroBatch, assign_credit, credit_rows
 from iqstar.curves import TRAIN_MEANS, Sums, micro_batch_sums, window_curves
 from iqstar.errors import InputError, NonFiniteLossError
+from iqstar.estimators import NullEstimator
 from iqstar.judges import Judge
 from iqstar.mdp import Prompt, PromptBatch, Rollout
 from iqstar.metrics import TokenMeans
@@ -110,6 +111,30 @@ class AlignmentModule(TrainedModule):
     def assign_unchanged(self, rollout: Rollout, seed: int) -> list[MicroBatch]:
         """As :meth:`assign`, for what trains nothing."""
         return self.assign(rollout, seed)
+
+    def without_credit(
+        self, rollout: Rollout, seed: int, needs_behaviour: bool = False, group: int = 1
+    ) -> list[MicroBatch]:
+        """A rollout with log-probs of the reference and, if needed, the policy, but no credit.
+
+        Args:
+            rollout: The responses.
+            seed: Of this rollout.
+            needs_behaviour: Whether to score the policy too.
+            group: Neighbouring rows that stay in one micro-batch.
+        """
+        assert self.policy is not None
+        return assign_credit(
+            self.policy,
+            rollout,
+            NullEstimator(),
+            (),
+            temperature=self.temperature,
+            micro_batch_size=self.micro_batch_size or len(rollout) // group,
+            needs_behaviour=needs_behaviour,
+            seed=seed,
+            group=group,
+        )
 
     @abstractmethod
     def losses(self, micro: MicroBatch) -> tuple[Tensor, Sums]:

@@ -11,11 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from iqstar.alignment import AlignmentModule
-from iqstar.assignment import MicroBatch, assign_credit
+from iqstar.assignment import MicroBatch
 from iqstar.curves import Sums, token_metrics
 from iqstar.distributions import HeadDistributions
 from iqstar.errors import InputError
-from iqstar.estimators import NullEstimator
 from iqstar.head import head_loss
 from iqstar.logprobs import token_logprobs
 from iqstar.mdp import Prompt, Rollout
@@ -104,26 +103,12 @@ class DPO(AlignmentModule):
 
     def assign(self, rollout: Rollout, seed: int, resuming: bool = False) -> list[MicroBatch]:
         """Scores the pairs under the reference; each weighs 1, spread over its tokens."""
-        parts = self._scored(rollout, seed, group=2)
+        parts = self.without_credit(rollout, seed, group=2)
         return [replace(part, tokens=replace(part.tokens, weight=_shares(part))) for part in parts]
 
     def assign_unchanged(self, rollout: Rollout, seed: int) -> list[MicroBatch]:
         """Responses that are predicted are no pairs; nobody gives them credit."""
-        return self._scored(rollout, seed, group=1)
-
-    def _scored(self, rollout: Rollout, seed: int, group: int) -> list[MicroBatch]:
-        assert self.policy is not None
-        return assign_credit(
-            self.policy,
-            rollout,
-            NullEstimator(),
-            (),
-            temperature=self.temperature,
-            micro_batch_size=self.micro_batch_size or len(rollout) // group,
-            needs_behaviour=False,
-            seed=seed,
-            group=group,
-        )
+        return self.without_credit(rollout, seed)
 
     def losses(self, micro: MicroBatch) -> tuple[Tensor, Sums]:
         """The sum over pairs; see :meth:`AlignmentModule.losses`.

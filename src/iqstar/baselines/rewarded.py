@@ -13,10 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from iqstar.alignment import AlignmentModule
-from iqstar.assignment import MicroBatch, assign_credit
+from iqstar.assignment import MicroBatch
 from iqstar.curves import TOKEN_METRICS, Sums, token_metrics
 from iqstar.errors import InputError
-from iqstar.estimators import NullEstimator
 from iqstar.head import head_loss
 from iqstar.judges import Judge, asked
 from iqstar.judges.base import check_named, name_of, reason_of, tell_of_gaps, warn_once
@@ -80,7 +79,7 @@ class RewardedModule(AlignmentModule):
 
     def assign(self, rollout: Rollout, seed: int, resuming: bool = False) -> list[MicroBatch]:
         """Scores the responses, and gives each token its advantage."""
-        parts = self._without_credit(rollout, seed, needs_behaviour=not resuming)
+        parts = self.without_credit(rollout, seed, needs_behaviour=not resuming)
         if resuming:
             return [self.blank(part) for part in parts]
         found = torch.tensor(self._scored(rollout), dtype=torch.float64)
@@ -94,23 +93,7 @@ class RewardedModule(AlignmentModule):
 
     def assign_unchanged(self, rollout: Rollout, seed: int) -> list[MicroBatch]:
         """Advantages are for training: responses that are predicted need no judge."""
-        return self._without_credit(rollout, seed, needs_behaviour=False)
-
-    def _without_credit(
-        self, rollout: Rollout, seed: int, needs_behaviour: bool
-    ) -> list[MicroBatch]:
-        """Log-probs of reference and, if needed, policy only."""
-        assert self.policy is not None
-        return assign_credit(
-            self.policy,
-            rollout,
-            NullEstimator(),
-            (),
-            temperature=self.temperature,
-            micro_batch_size=self.micro_batch_size or len(rollout),
-            needs_behaviour=needs_behaviour,
-            seed=seed,
-        )
+        return self.without_credit(rollout, seed)
 
     def _scored(self, rollout: Rollout) -> list[float]:
         """The judge's score of each response; NaN where it gave none.

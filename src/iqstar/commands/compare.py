@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from iqstar.atomic import written_beside
-from iqstar.commands.options import OptionParser
+from iqstar.commands.options import OptionParser, writable
 from iqstar.compare import curves as results
 from iqstar.compare.kept import SETTINGS, WRITTEN_TO, check_same, keep
 from iqstar.compare.page import claims, markdown, plot
@@ -81,14 +80,14 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--report: must end in .md, got {options.report}")
     report = options.report or output / "results.md"
     flag = "--report" if options.report else "--output"
-    with _writable(flag, report):  # rather told now than after hours of runs
+    with writable(flag, report):  # rather told now than after hours of runs
         report.parent.mkdir(parents=True, exist_ok=True)
         with report.open("ab"):
             pass
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     with ended_by_sigterm():
         done = not options.report_only and make(comparison, output, deadline)
-    with _writable(flag, report):
+    with writable(flag, report):
         write_report(comparison, output, report)
     _say(f"Report: {report}")
     if not (done or options.report_only):
@@ -191,18 +190,6 @@ def write_report(comparison: Comparison, output: Path, report: Path) -> None:
         parts += [f"![{file.stem}]({report.stem}/{file.name})" for file in files]
     with written_beside(report) as part:
         part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _writable(flag: str, path: Path) -> Iterator[None]:
-    """A failure to write names the option."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{flag}: {error.filename or path} cannot be written ({error.strerror or error}); "
-            "choose another"
-        ) from error
 
 
 def _versions() -> str:

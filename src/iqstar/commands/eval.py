@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from errno import EACCES
 from pathlib import Path
@@ -26,6 +25,7 @@ from iqstar import __version__
 from iqstar.atomic import written_beside
 from iqstar.chatter import less_chatter
 from iqstar.checkpoints import check_complete, newest_checkpoint
+from iqstar.commands.options import writable
 from iqstar.commands.sides import KEY, PolicySource, load_sides
 from iqstar.data.categories import categories_by_prompt
 from iqstar.errors import InputError
@@ -170,7 +170,7 @@ def evaluate(cli: EvalCLI) -> tuple[dict[str, Any], Path]:
     notes = [] if pairs is None else [f"the responses are those that {folder} held already"]
     if pairs is None:
         pairs = list(sample(cli, source))
-        with writable(folder):
+        with writable("--output", folder, "another folder"):
             keep_pairs(folder, pairs, sampling)
     if source.kind == "reference":
         notes.append("no checkpoint was given: the policy is the reference itself")
@@ -187,7 +187,7 @@ def evaluate(cli: EvalCLI) -> tuple[dict[str, Any], Path]:
         safety_judge=options.safety_judge,
         notes=[*notes, *known_prompts(judges, pairs)],
     )
-    with writable(folder):
+    with writable("--output", folder, "another folder"):
         write_scores(folder / "scores.jsonl", pairs, scores)
         write_json(folder / "report.json", report)
         with written_beside(folder / "report.html") as part:
@@ -296,24 +296,8 @@ def prepared_folder(folder: Path) -> Path:
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output: {folder} is a file; name a folder")
-    with writable(folder):
+    with writable("--output", folder, "another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(EACCES, os.strerror(EACCES), str(folder))
     return folder
-
-
-@contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """A failure to write into the folder names the option.
-
-    Raises:
-        InputError: If something cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"--output: {error.filename or folder} cannot be written ({error.strerror or error}); "
-            "choose another folder"
-        ) from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from iqstar.errors import InputError
@@ -44,3 +46,24 @@ class OptionParser(ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
             raise InputError(f"{unknown[0]}: unknown option; {hint}")
         return options
+
+
+@contextmanager
+def writable(flag: str, path: Path, choose: str = "another") -> Iterator[None]:
+    """A failure to write names the option.
+
+    Args:
+        flag: The option.
+        path: What it names.
+        choose: What to give it instead.
+
+    Raises:
+        InputError: If something cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{flag}: {error.filename or path} cannot be written ({error.strerror or error}); "
+            f"choose {choose}"
+        ) from error

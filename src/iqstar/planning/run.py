@@ -288,9 +288,8 @@ class _Tracer:
         casts = min(self.all_casts - self.head_casts, kept)
         whole = round(hidden_states * work.rollout_rows / rows)
         return {
-            "scoring": scoring
-            - stored
-            + max(scorer.hidden, default=0),  # and once more while joined
+            # The states of one scoring are there twice while they are joined.
+            "scoring": scoring - stored + max(scorer.hidden, default=0),
             "stored": stored - hidden_states + whole,
             "activations": kept - casts,
             "loss": forward - kept,

@@ -45,11 +45,12 @@ def build_report(
     safety, missing = safety_report(pairs, scores, categories, margin, threshold, safety_judge)
     measured = {side: side_measures([getattr(p, side) for p in pairs], units) for side in SIDES}
     failed = [f"the judge {s.name} failed: {s.error}" for s in scores if s.error]
+    judges = [judge_report(s, units, margin) for s in scores]
     gaps = [
-        f"the judge {s.name} left {missed} of {2 * len(pairs)} responses without a score; its "
-        "figures are of the others"
-        for s in scores
-        if not s.error and (missed := sum(map(math.isnan, [*s.policy, *s.reference])))
+        f"the judge {judge['name']} left {missed} of {2 * len(pairs)} responses without a score; "
+        "its figures are of the others"
+        for judge in judges
+        if not judge["error"] and (missed := sum(judge["unscored"].values()))
     ]
     return {
         **about,
@@ -61,7 +62,7 @@ def build_report(
             side: {name: number(interval) for name, interval in measures.items()}
             for side, measures in measured.items()
         },
-        "judges": [judge_report(s, units, margin) for s in scores],
+        "judges": judges,
         "safety": safety,
         "notes": [*notes, *failed, *gaps, *([missing] if missing else [])],
     }
