@@ -21,6 +21,7 @@ LAYERS = [
     | {"attention", "lean", "sampling", "settings", "kv_cache"},
     {"prefixes", "decoding", "judges"},
     {"policy"},
+    {"admission"},
     {"loading", "engine"},
     {"scoring", "rollouts", "strategies"},
     {"estimators"},

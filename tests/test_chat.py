@@ -148,6 +148,9 @@ def test_template_sources(tmp_path):
         ChatFormat(tiny_tokenizer(), template="missing.jinja")
     with pytest.raises(InputError, match=r"model\.policy\.chat_template"):
         ChatFormat(tiny_tokenizer(), template="{% for %}")
+    path.write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(InputError, match=r"model\.policy\.chat_template: .*chat\.jinja.*UTF-8"):
+        ChatFormat(tiny_tokenizer(), template=str(path))
 
 
 def test_template_that_rejects_a_conversation_raises():

@@ -462,6 +462,20 @@ def test_half_an_emoji_is_named(tmp_path):
         next(rows)
 
 
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('{"prompt": "a", "n": ' + "1" * 5000 + "}", "Exceeds the limit"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+    ids=["digits", "brackets"],
+)
+def test_json_beyond_the_parsers_limits_is_named(tmp_path, line, what):
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
+    with pytest.raises(InputError, match=rf"a\.jsonl:2: malformed JSON: {what}"):
+        list(read_file(tmp_path / "a.jsonl"))
+
+
 def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
     def denied(self, *_, **__):
         raise PermissionError(EACCES, "Permission denied", str(self))

@@ -199,6 +199,27 @@ def test_dtype(full, adapters, tmp_path):
     assert {weight.dtype for weight in weights} == {torch.bfloat16}
 
 
+def test_dtype_is_that_of_training(tmp_path, tiny):
+    """bf16-true trains float32's spec in bfloat16: both exports write what was trained."""
+    run = fit(tmp_path / "run", tiny, trainer__precision="bf16-true")
+    end, later = (
+        load_file(folder / "model.safetensors")
+        for folder in (run.policy, export(run, tmp_path / "out"))
+    )
+    assert {weight.dtype for weight in end.values()} == {torch.bfloat16}
+    assert end.keys() == later.keys()
+    assert all(torch.equal(weight, later[name]) for name, weight in end.items())
+
+
+def test_paths_in_the_home(full, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.ckpt").symlink_to(full.ckpt)
+    assert main(["export", "--ckpt=~/run.ckpt", "--out=~/out"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert main(["export", "--ckpt=~nobody-at-all/run.ckpt", "--out=~/out"]) == 2
+    assert "the name of no user" in capsys.readouterr().err
+
+
 def test_generation_and_chat(full, adapters):
     for run in (full, adapters):
         config = GenerationConfig.from_pretrained(run.policy)

@@ -18,9 +18,10 @@ from transformers import (
 from fitting import LORA, PROMPTS, attach, distance, fit, make_module, same_bits, sgd
 from iqstar import decoding
 from iqstar.adapters import LoRASpec
+from iqstar.admission import check_head, silence
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
-from iqstar.loading import _cast_matrices, _check_head, load_policy
+from iqstar.loading import _cast_matrices, load_policy
 from iqstar.mdp import TokenSequences
 from iqstar.policy import CausalLM, PolicySpec
 from iqstar.rollouts import DatasetRollout, GenerateRollout
@@ -156,8 +157,9 @@ def architectures():
 def test_our_head_gives_the_models_own_logits(name):
     model = architectures()[name]
     chat = ChatFormat(tiny_tokenizer(), model_vocab_size=300)
+    silence(model)
     lm = CausalLM(model, chat).eval()
-    _check_head(lm, "key")
+    check_head(lm, "key")
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
         ours = lm.head().prepared().logits(lm.hidden(sequences(ids)))
@@ -180,7 +182,7 @@ def test_a_head_that_is_not_understood_is_refused():
 
     model.forward = odd
     with pytest.raises(InputError, match="not supported yet"):
-        _check_head(CausalLM(model, ChatFormat(tiny_tokenizer())), "model.policy.model")
+        check_head(CausalLM(model, ChatFormat(tiny_tokenizer())), "model.policy.model")
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "grouped"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from iqstar.errors import InputError
+from iqstar.errors import InputError, NonFiniteLossError
 from iqstar.sampling import CategoricalSampler, ForcedDraws, uniform_numbers
 
 CPU = torch.device("cpu")
@@ -30,6 +30,15 @@ def test_temperature_divides_the_logits():
 def test_padded_rows_and_impossible_tokens_are_never_drawn():
     scores = torch.tensor([0.0, -torch.inf, 0.0, 99.0])
     assert set(draws(scores, 5_000, vocab_size=3).tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [4, 300])
+def test_logits_that_are_not_finite_draw_nothing(bad, size):
+    scores = torch.zeros(size)
+    scores[1] = bad
+    with pytest.raises(NonFiniteLossError, match=r"not finite.*model\.optimizer"):
+        draws(scores, 2)
 
 
 def test_tokens_below_float32_resolution_are_drawn():

@@ -15,7 +15,7 @@ class InputError(ValueError):
 
 
 class NonFiniteLossError(InputError):
-    """The loss became NaN or infinite; training stopped before the weights were touched."""
+    """Loss, gradient or logits became NaN or infinite; training stopped, and changed no weight."""
 
 
 def missing_packages(what: str, *requirements: str, options: str = "") -> InputError:

@@ -44,6 +44,8 @@ def _by_its_words(text: str) -> InputError | None:
             f"--ckpt_path: the checkpoint does not fit the model ({first}); give one of the same "
             "model.policy"
         )
+    if "Could not determine home directory" in text:
+        return InputError("a path begins with ~ and the name of no user; write it out")
     if missing := re.search(r"Requirement '([^']+)' not met", text):  # Lightning's own words
         return InputError(
             f"a class in the settings, such as trainer.logger, needs the package {missing[1]}; "

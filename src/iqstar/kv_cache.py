@@ -21,13 +21,25 @@ def holds(config: Any, length: int) -> bool:
     Not where some layers keep another state than keys and values, or share them; nor where they
     forget tokens in less than ``length``.
     """
-    if getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+    text = config.get_text_config(decoder=True)
+    window = local_window(text)
+    if getattr(text, "num_kv_shared_layers", 0) or (window is not None and window <= length):
         return False
     return all(
         type(layer) is DynamicLayer
         or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > length)
         for layer in DynamicCache(config=config).layers
     )
+
+
+def local_window(config: Any) -> int | None:
+    """Tokens that some layers see, in models whose window transformers' caches know nothing of.
+
+    Such a layer counts the entries of the cache, padding included.
+    """
+    names = ("window_size", "attention_window_size")
+    sizes = [size for name in names if isinstance(size := getattr(config, name, None), int)]
+    return min(sizes, default=None)
 
 
 class RolloutLayer(DynamicLayer):

@@ -10,19 +10,14 @@ from torch import nn
 
 from iqstar import attention
 from iqstar.adapters import with_adapters
+from iqstar.admission import KNOWN, can_share, check_head, check_sampling, silence
 from iqstar.allocator import keep_freed_memory
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.fingerprint import fingerprint
 from iqstar.lean import keep_less
-from iqstar.mdp import Prompt, TokenSequences, make_rollout, pack
 from iqstar.policy import AUTOCAST, CausalLM, Policy, PolicySpec
-from iqstar.prefixes import hidden_states
 from iqstar.pretrained import load_model
-
-KNOWN = ("eager", "sdpa", attention.NAME)
-"""Attention that runs everywhere, in every dtype."""
-
 
 def load_policy(
     spec: PolicySpec, chat: ChatFormat, precision: str = "32-true", reference: bool = True
@@ -126,7 +121,7 @@ def load_frozen(
 
 
 def load_whole(spec: PolicySpec, chat: ChatFormat, key: str = "model.policy.model") -> CausalLM:
-    """The model as it comes, with every dropout at 0: scoring and sampling must agree.
+    """The model as it comes, without its noise in training: scoring and sampling must agree.
 
     Args:
         spec: What to load; its adapters are not put on.
@@ -144,17 +139,13 @@ def load_whole(spec: PolicySpec, chat: ChatFormat, key: str = "model.policy.mode
         revision=spec.revision,
         key=key,
     )
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-                setattr(module, name, 0.0)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    silence(model)
     lm = CausalLM(model, chat)
-    _check_head(lm, key)
+    check_head(lm, key)
+    check_sampling(lm, key)
     if later:
         _switch_attention(lm, str(spec.attn_implementation))
-    lm.sharing = spec.share_prefixes and not spec.gradient_checkpointing and _can_share(lm)
+    lm.sharing = spec.share_prefixes and not spec.gradient_checkpointing and can_share(lm)
     lm.fingerprint = fingerprint(model)
     return lm
 
@@ -206,62 +197,3 @@ def _matrices(model: nn.Module) -> list[nn.Module]:
     tied: Any = model.get_input_embeddings().weight  # type: ignore[operator]
     layers = (m for m in model.modules() if isinstance(m, nn.Linear | Conv1D))
     return [layer for layer in layers if layer.weight is not tied]
-
-
-@torch.no_grad()
-def _check_head(lm: CausalLM, key: str) -> None:
-    """Our head on the model's hidden states must give the model's own logits."""
-    ids = torch.tensor([[1, 2, 3]]) % lm.chat.vocab_size
-    sequences = TokenSequences(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids, dtype=torch.bool),
-        position_ids=torch.arange(3)[None],
-        predictors=torch.arange(3),
-    )
-    training = lm.training
-    lm.eval()
-    ours = lm.head().prepared().logits(lm.hidden(sequences))
-    theirs = lm.model(input_ids=ids).logits[0, :, : lm.chat.vocab_size]
-    lm.train(training)
-    if not torch.isfinite(theirs).all():
-        raise InputError(
-            f"{key}: the model's output is not finite, so its weights are damaged (or overflow in "
-            "their dtype); give another copy of it, or a checkpoint from before they diverged"
-        )
-    if not torch.allclose(ours, theirs.to(ours), atol=1e-2, rtol=1e-2):
-        raise InputError(
-            f"{key}: the output head of {type(lm.model).__name__} is not a plain linear map of "
-            "its last hidden state (scale and soft-capping are known); this architecture is not "
-            "supported yet"
-        )
-
-
-@torch.no_grad()
-def _can_share(lm: CausalLM) -> bool:
-    """Whether going on from keys and values of a beginning gives the states of a whole pass.
-
-    Tried out, because architectures keep more than keys and values (a window, a running state).
-    """
-    config = lm.model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", 1)
-    known = config._attn_implementation in KNOWN
-    if windows or kinds != {"full_attention"} or not known:
-        return False
-    ids = torch.arange(1, 8) % lm.chat.vocab_size
-    a, b, c, d, e, f, g = ids.tolist()
-    rollout = make_rollout([Prompt(messages=())] * 4, [[e, f], [g], [f, e, a], [g]], [True] * 4)
-    sequences = pack([[a, b, c, d], [a, b, c, d], [a, e, d], [a, f]], rollout, 0)
-    training = lm.training
-    lm.eval()
-    try:
-        whole = lm.hidden(sequences)
-        shared, keys = hidden_states(lm.model.base_model, sequences, worth=1)
-        told = pack([[a, b, c, g], [a, b, c, g], [a, e, g], [a, g]], rollout, 0)
-        again = hidden_states(lm.model.base_model, told, worth=1, known=keys)[0]
-        pairs = (whole, shared), (lm.hidden(told), again)
-        return all(torch.allclose(x, y, atol=1e-2, rtol=1e-2) for x, y in pairs)
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError, NotImplementedError):
-        return False  # it has another kind of cache
-    finally:
-        lm.train(training)

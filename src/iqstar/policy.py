@@ -149,6 +149,12 @@ class CausalLM(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     @property
+    def body(self) -> Any:
+        """The transformer below the head."""
+        inner = self.plain.base_model  # by a prefix that some classes name wrongly
+        return self.plain.model if inner is self.plain else inner
+
+    @property
     def max_tokens(self) -> int | None:
         """The longest sequence that the model's positions allow, where it says so."""
         limit = getattr(self.plain.config.get_text_config(), "max_position_embeddings", None)
@@ -166,7 +172,7 @@ class CausalLM(nn.Module):
         """
         if not mask and self.sharing and sequences.contexts:
             return self.hidden_and_keys(sequences)[0]
-        states = self.plain.base_model(
+        states = self.body(
             input_ids=sequences.input_ids,
             attention_mask=sequences.attention_mask.long() if mask else None,
             position_ids=sequences.position_ids,
@@ -187,7 +193,7 @@ class CausalLM(nn.Module):
             The states, and what is now known of these contexts.
         """
         worth = WORTH if self.device.type == "cpu" else WORTH_ON_GPU
-        return hidden_states(self.plain.base_model, sequences, worth, known)
+        return hidden_states(self.body, sequences, worth, known)
 
     def head(self, temperature: float = 1.0) -> LanguageHead:
         """The output head at a temperature; padded rows of the vocabulary are left out."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from iqstar.errors import InputError
+from iqstar.errors import InputError, NonFiniteLossError
 
 BLOCK = 256
 """Tokens whose probabilities are summed before one of them is looked for."""
@@ -70,6 +70,9 @@ class CategoricalSampler:
         Args:
             logits: The model's, of the last position.
             uniform: A number in [0, 1) for each row.
+
+        Raises:
+            NonFiniteLossError: If a logit is NaN or +∞.
         """
         logits = logits[:, : self.vocab_size]
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -90,6 +93,13 @@ def _inverse(
     if whole < size:
         parts.append(mass[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64))
     blocks = torch.cat(parts, dim=1).cumsum(dim=-1)
+    if not torch.isfinite(blocks[:, -1]).all():
+        raise NonFiniteLossError(
+            "the logits that a response is drawn from are not finite: the weights diverged, or "
+            "overflow in float16; checkpoints saved before, if any, are untouched. Lower "
+            "model.optimizer.init_args.lr, set trainer.gradient_clip_val, or use "
+            "trainer.precision: 32-true"
+        )
     wanted = uniform[:, None].to(torch.float64) * blocks[:, -1:]
     block = _first_above(blocks, wanted)
     before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)

@@ -31,4 +31,9 @@ def jinja_text(given: str, key: str, named: str) -> str:
             f"{key}: {given!r} is neither {named}, nor Jinja text, nor a file; "
             "give the path of a .jinja file"
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{key}: {given} cannot be read ({error}); give a text file in UTF-8"
+        ) from error

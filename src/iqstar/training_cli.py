@@ -166,13 +166,16 @@ class IQStarCLI(LightningCLI):
         """Checks that the checkpoint is one; its own settings are left alone."""
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path not in (None, *KEYWORDS) and not str(path).startswith("registry"):
-            check_complete(Path(path))
+            check_complete(Path(path).expanduser())
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Finds the checkpoint that ``last`` means."""
         arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
-        if arguments.get("ckpt_path") == "last":
+        path = arguments.get("ckpt_path")
+        if path == "last":
             arguments["ckpt_path"] = self._last_checkpoint(subcommand)
+        elif path is not None and str(path).startswith("~"):
+            arguments["ckpt_path"] = Path(path).expanduser()
         return arguments
 
     def _last_checkpoint(self, subcommand: str) -> Path | None:

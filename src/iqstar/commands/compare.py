@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from iqstar.atomic import written_beside
-from iqstar.commands.options import OptionParser, writable
+from iqstar.commands.options import OptionParser, path, writable
 from iqstar.compare import curves as results
 from iqstar.compare.kept import SETTINGS, WRITTEN_TO, check_same, keep
 from iqstar.compare.page import claims, markdown, plot
@@ -45,12 +45,12 @@ one that was stopped goes on. The table and the plots show what is finished."""
 def parser() -> OptionParser:
     """The command's options."""
     made = OptionParser("compare", DESCRIPTION)
-    made.add_argument("--config", type=Path, required=True, help="such as configs/compare.yaml")
-    made.add_argument("--output", type=Path, help="folder of the runs; default: runs/NAME of it")
+    made.add_argument("--config", type=path, required=True, help="such as configs/compare.yaml")
+    made.add_argument("--output", type=path, help="folder of the runs; default: runs/NAME of it")
     made.add_argument("--minutes", type=float, help="stop after so many, to go on another time")
     made.add_argument("--fast", action="store_true", help="the small version in the YAML")
     made.add_argument("--data", help="in place of common.data.init_args.path")
-    made.add_argument("--report", type=Path, help="Markdown file; default: results.md in output")
+    made.add_argument("--report", type=path, help="Markdown file; default: results.md in output")
     made.add_argument("--report-only", "--report_only", action="store_true", help="run nothing")
     return made
 

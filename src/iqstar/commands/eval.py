@@ -86,7 +86,7 @@ class EvalCLI(OneDeviceCLI):
         """Checks that the checkpoint is one, before anything is built."""
         path = self.config.get("ckpt_path")
         if path not in (None, "last"):
-            check_complete(Path(path), KEY)
+            check_complete(Path(path).expanduser(), KEY)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         own = config["logger"]
@@ -112,7 +112,7 @@ class EvalCLI(OneDeviceCLI):
                 raise InputError(f"{KEY} last: there is no complete checkpoint below {self.runs}")
         # A link such as last.ckpt means another file tomorrow.
         return PolicySource(
-            checkpoint=Path(checkpoint).resolve() if checkpoint else None, model=model
+            checkpoint=Path(checkpoint).expanduser().resolve() if checkpoint else None, model=model
         )
 
 
@@ -165,7 +165,9 @@ def evaluate(cli: EvalCLI) -> tuple[dict[str, Any], Path]:
         )
     hold_out(cli)
     sampling = sampling_settings(cli, source)
-    folder = prepared_folder(Path(options.output) if options.output else default_folder(source))
+    folder = prepared_folder(
+        Path(options.output).expanduser() if options.output else default_folder(source)
+    )
     pairs = None if options.overwrite else kept_pairs(folder, sampling)
     notes = [] if pairs is None else [f"the responses are those that {folder} held already"]
     if pairs is None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from iqstar.adapters import with_adapters
 from iqstar.card import model_card, record_of_checkpoint
 from iqstar.checkpoints import is_complete, newest_checkpoint, read_checkpoint
-from iqstar.commands.options import OptionParser
+from iqstar.commands.options import OptionParser, path
 from iqstar.errors import InputError
 from iqstar.export import SHARD_SIZE, Dtype, check_replaceable, check_shard_size, export_policy
 from iqstar.loading import load_whole
@@ -47,14 +47,14 @@ def main(argv: list[str]) -> int:
             cannot be written.
     """
     options = _parse(argv)
-    out = Path(options.out).expanduser().resolve()  # a link stays, its folder is replaced
+    out = options.out.resolve()  # a link stays, its folder is replaced
     check_shard_size(options.max_shard_size, "--max_shard_size")
     _check_out(out, options.overwrite)
-    ckpt = checkpoint_at(Path(options.ckpt))
+    ckpt = checkpoint_at(options.ckpt)
     checkpoint = read_trained(ckpt)
-    settings = _read_config(Path(options.config)) if options.config else None
+    settings = _read_config(options.config) if options.config else None
     record = record_of_checkpoint(checkpoint, settings)
-    spec = policy_spec(record.settings, options.config or str(ckpt))
+    spec = policy_spec(record.settings, str(options.config or ckpt))
     if options.merge and spec.lora is None:
         raise InputError(
             f"--merge: {ckpt} has no adapters to fold in, all weights were trained; "
@@ -136,7 +136,10 @@ def restored(spec: PolicySpec, checkpoint: Mapping[str, Any], where: str) -> Pol
         )
     if spec.lora is not None:
         actor.model = with_adapters(actor.model, spec.lora)
-    load_weights(actor.model, of_policy(checkpoint["state_dict"]), where)
+    weights = of_policy(checkpoint["state_dict"])
+    if spec.lora is None:  # a precision such as bf16-true trains in another dtype than the spec's
+        actor.model.to(next(w.dtype for w in weights.values() if w.is_floating_point()))
+    load_weights(actor.model, weights, where)
     return Policy(actor=actor, frozen=None, spec=spec)
 
 
@@ -201,16 +204,21 @@ def _parse(argv: list[str]) -> Namespace:
         "adapter) with tokenizer, chat template, generation config and a model card.",
     )
     add = parser.add_argument
-    add("--ckpt", "--ckpt_path", required=True, metavar="CKPT",
+    add("--ckpt", "--ckpt_path", type=path, required=True, metavar="CKPT",
         help="checkpoint of a run, or a folder: the newest one below it")  # fmt: skip
-    add("--out", "--output", required=True, metavar="FOLDER",
+    add("--out", "--output", type=path, required=True, metavar="FOLDER",
         help="where to; must be empty or not exist")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an earlier export there")
     add("--merge", action="store_true", help="fold LoRA adapters into the weights")
     add("--dtype", choices=get_args(Dtype), help="of the weights; as trained by default")
     add("--max_shard_size", default=SHARD_SIZE, metavar="SIZE",
         help="largest file of weights, such as 500MB; default: %(default)s")  # fmt: skip
-    add("--config", metavar="FILE", help="the run's YAML, in place of the one in the checkpoint")
+    add(
+        "--config",
+        type=path,
+        metavar="FILE",
+        help="the run's YAML, in place of the one in the checkpoint",
+    )
     return parser.options(argv)
 
 

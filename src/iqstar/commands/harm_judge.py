@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from iqstar import __version__
-from iqstar.commands.options import OptionParser
+from iqstar.commands.options import OptionParser, path
 from iqstar.data.labelled import Kind, LabelledItem, read_labelled
 from iqstar.data.reading import find_files
 from iqstar.errors import InputError
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             or the file cannot be written.
     """
     options = _parse(argv)
-    output = Path(options.output)
+    output = options.output
     if output.is_dir() or output.suffix != ".npz":
         raise InputError(f"--output: {options.output} must be a file that ends in .npz")
     labelled = [_example(i) for i in _read(options.data, "answers", "--data", options.split)]
@@ -106,7 +106,7 @@ def _parse(argv: list[str]) -> Namespace:
     add = parser.add_argument
     add("--data", required=True, metavar="PATH", help="rows of prompt, response and is_safe")
     add("--safe", metavar="PATH", help="rows of chosen and rejected, whose chosen replies are safe")
-    add("--output", required=True, metavar="FILE.npz", help="the file to write")
+    add("--output", type=path, required=True, metavar="FILE.npz", help="the file to write")
     add("--split", choices=("a", "b"), help="use half of the prompts, by a hash of how they open: "
         "judges of a and b share none")  # fmt: skip
     return parser.options(argv)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,13 +48,21 @@ class OptionParser(ArgumentParser):
         return options
 
 
+def path(text: str) -> Path:
+    """A path as an option gives it; ``~`` is the user's home."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ArgumentTypeError(f"{text} begins with ~ and the name of no user") from error
+
+
 @contextmanager
-def writable(flag: str, path: Path, choose: str = "another") -> Iterator[None]:
+def writable(flag: str, place: Path, choose: str = "another") -> Iterator[None]:
     """A failure to write names the option.
 
     Args:
         flag: The option.
-        path: What it names.
+        place: What it names.
         choose: What to give it instead.
 
     Raises:
@@ -64,6 +72,6 @@ def writable(flag: str, path: Path, choose: str = "another") -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"{flag}: {error.filename or path} cannot be written ({error.strerror or error}); "
+            f"{flag}: {error.filename or place} cannot be written ({error.strerror or error}); "
             f"choose {choose}"
         ) from error

@@ -188,7 +188,7 @@ def check_storable(estimator: OptimalPolicyEstimator) -> None:
 def _output(given: str | None) -> Path:
     if given is None:
         raise InputError("--output is missing; name the file to write: --output credits.parquet")
-    path = Path(given)
+    path = Path(given).expanduser()
     if path.is_dir() or path.suffix != ".parquet":
         raise InputError(f"--output: {given} must be a file that ends in .parquet")
     return path

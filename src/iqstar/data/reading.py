@@ -128,8 +128,18 @@ def _read_lines(file: Path) -> Iterator[Row]:
         ) from bad
     except UnicodeDecodeError as bad:
         raise InputError(f"{file}:{number}: not UTF-8 text: {bad}; convert the file") from bad
+    except RecursionError as bad:
+        raise InputError(
+            f"{file}:{number}: malformed JSON: nested too deeply; repair or remove the line"
+        ) from bad
     except PermissionError as bad:
         raise InputError(f"{file}: cannot be read ({bad.strerror}); check its permissions") from bad
+    except InputError:
+        raise
+    except ValueError as bad:  # such as a number of thousands of digits
+        raise InputError(
+            f"{file}:{number}: malformed JSON: {bad}; repair or remove the line"
+        ) from bad
     except (OSError, EOFError, zlib.error) as bad:
         raise InputError(f"{file}:{number + 1}: damaged file: {bad}; fetch it again") from bad
 
