@@ -463,6 +463,7 @@ def test_a_small_comparison_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     assert "run.yaml has other settings than now (model.init_args.eval_samples: 1, now 3)" in err
 
 
+@pytest.mark.slow
 def test_the_peer_is_measured_as_all_others_are(tiny, tmp_path, monkeypatch, capsys):
     """Before training TRL's model is the reference, so its first evaluation is that of any run."""
     pytest.importorskip("trl")

@@ -136,10 +136,7 @@ def restored(spec: PolicySpec, checkpoint: Mapping[str, Any], where: str) -> Pol
         )
     if spec.lora is not None:
         actor.model = with_adapters(actor.model, spec.lora)
-    weights = of_policy(checkpoint["state_dict"])
-    if spec.lora is None:  # a precision such as bf16-true trains in another dtype than the spec's
-        actor.model.to(next(w.dtype for w in weights.values() if w.is_floating_point()))
-    load_weights(actor.model, weights, where)
+    load_weights(actor.model, of_policy(checkpoint["state_dict"]), where)
     return Policy(actor=actor, frozen=None, spec=spec)
 
 
