@@ -19,6 +19,7 @@ from iqstar.lean import keep_less
 from iqstar.policy import AUTOCAST, CausalLM, Policy, PolicySpec
 from iqstar.pretrained import load_model
 
+
 def load_policy(
     spec: PolicySpec, chat: ChatFormat, precision: str = "32-true", reference: bool = True
 ) -> Policy:
