@@ -156,6 +156,15 @@ def test_policies_train(file, tmp_path, tiny, live):
     assert same_logits(live[-1], loaded)
 
 
+def test_adapters_train_on_pairs_too(tmp_path, tiny, live):
+    """DPO's rollout is one batch of 4 pairs here; lora.yaml says which flag that takes."""
+    dpo = next(file for file in BASELINES if file.stem == "dpo")
+    given = [*arguments(dpo, tmp_path, tiny), "--config", str(CONFIGS / "policy" / "lora.yaml")]
+    assert main(["fit", *given]) == 2
+    assert main(["fit", *given, "--model.micro_batch_size", "2"]) == 0
+    assert summary_of(tmp_path)["trained_weights"] < summary_of(tmp_path)["weights"] / 2
+
+
 @pytest.mark.parametrize("file", SCALE, ids=names(SCALE))
 def test_scale_configs_train(file, tmp_path, live, monkeypatch):
     """On a tiny model of the same architecture, without a chat template as theirs, on one CPU."""

@@ -102,7 +102,8 @@ def plan_run(cli: PlanCLI) -> dict[str, Any]:
     if not isinstance(cli.model, InverseQStar):
         raise InputError(
             f"model: iqstar plan knows the memory of InverseQStar only, not of "
-            f"{type(cli.model).__name__}"
+            f"{type(cli.model).__name__}; plan an InverseQStar config of the same model and rows "
+            "(PPO adds a value model, DPO the second response of each pair)"
         )
     trainer = cli.config_init.trainer
     devices = layout(vars(trainer), options.devices, options.memory)

@@ -42,8 +42,9 @@ def markdown(comparison: Comparison, curves: Curves, chosen: Mapping[str, Choice
         chosen: The families' learning rates.
     """
     lines = [
-        "| method | rate | seeds | responses | score before | best score | KL there | gain |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | rate | seeds | responses | score before | best score | KL there | gain "
+        "| score at the end | KL at the end |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method in comparison.methods:
         own = list(curves.get(method.name, {}).values())
@@ -60,6 +61,8 @@ def markdown(comparison: Comparison, curves: Curves, chosen: Mapping[str, Choice
             _many([top.score for top in tops]),
             _many([top.kl for top in tops]),
             _many([gain(curve) for curve in own]),
+            _many([curve[-1].score for curve in own]),
+            _many([curve[-1].kl for curve in own]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Learning rates (score at the end of each sweep):", ""]
