@@ -71,9 +71,7 @@ def test_a_model_that_samples_from_other_probabilities_is_refused():
     with torch.no_grad():
         for weights in lm.parameters():
             weights.copy_(torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)))
-    with pytest.raises(
-        InputError, match=r"RwkvForCausalLM does not sample.*not supported"
-    ):
+    with pytest.raises(InputError, match=r"RwkvForCausalLM does not sample.*not supported"):
         check_sampling(lm, KEY)
 
 
