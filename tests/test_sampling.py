@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from iqstar.errors import InputError, NonFiniteLossError
-from iqstar.sampling import CategoricalSampler, ForcedDraws, uniform_numbers
+from iqstar.sampling import CategoricalSampler, ForcedDraws, checked, uniform_numbers
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,12 @@ def test_logits_that_are_not_finite_draw_nothing(bad, size):
     scores = torch.zeros(size)
     scores[1] = bad
     with pytest.raises(NonFiniteLossError, match=r"not finite.*model\.optimizer"):
-        draws(scores, 2)
+        checked(draws(scores, 2))
+    forced = ForcedDraws(
+        CategoricalSampler(temperature=1.0, vocab_size=size), uniform_numbers(1, 1, 0, CPU)
+    )
+    with pytest.raises(NonFiniteLossError, match="not finite"):
+        forced(torch.zeros(1, 1, dtype=torch.long), scores[None])
 
 
 def test_tokens_below_float32_resolution_are_drawn():

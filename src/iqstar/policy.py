@@ -24,7 +24,7 @@ from iqstar.mdp import TokenSequences
 from iqstar.precision import casts_kept
 from iqstar.prefixes import WORTH, WORTH_ON_GPU, KnownContexts, hidden_states
 from iqstar.pretrained import load_config, load_tokenizer, resolve_model
-from iqstar.sampling import CategoricalSampler, ForcedDraws
+from iqstar.sampling import CategoricalSampler, ForcedDraws, checked
 from iqstar.sharding import is_sharded, shard, whole_blocks
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16}
@@ -251,7 +251,7 @@ class CausalLM(nn.Module):
                 if independent and decoding.fits(inner, length):
 
                     def draw(logits: Tensor, rows: list[int], step: int) -> Tensor:
-                        return sampler.draw(logits, uniform[rows, step])
+                        return checked(sampler.draw(logits, uniform[rows, step]))
 
                     return decoding.decode(inner, prompts, limit, draw, ended, self.device)
                 return decoding.generate(

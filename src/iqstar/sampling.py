@@ -65,14 +65,11 @@ class CategoricalSampler:
     def draw(
         self, logits: Float[Tensor, "batch rows"], uniform: Float[Tensor, " batch"]
     ) -> Int[Tensor, " batch"]:
-        """One token a row.
+        """One token a row; −1 where a logit is NaN or +∞, which :func:`checked` tells of.
 
         Args:
             logits: The model's, of the last position.
             uniform: A number in [0, 1) for each row.
-
-        Raises:
-            NonFiniteLossError: If a logit is NaN or +∞.
         """
         logits = logits[:, : self.vocab_size]
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -81,6 +78,22 @@ class CategoricalSampler:
         for warper in self.warpers:
             logits = warper(None, logits)
         return _inverse(logits.softmax(dim=-1, dtype=wide), uniform)
+
+
+def checked(tokens: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """The tokens drawn, if there is one for every row.
+
+    Raises:
+        NonFiniteLossError: If some logits were not finite.
+    """
+    if (tokens < 0).any():
+        raise NonFiniteLossError(
+            "the logits that a response is drawn from are not finite: the weights diverged, or "
+            "overflow in float16; checkpoints saved before, if any, are untouched. Lower "
+            "model.optimizer.init_args.lr, set trainer.gradient_clip_val, or use "
+            "trainer.precision: 32-true"
+        )
+    return tokens
 
 
 def _inverse(
@@ -93,20 +106,13 @@ def _inverse(
     if whole < size:
         parts.append(mass[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64))
     blocks = torch.cat(parts, dim=1).cumsum(dim=-1)
-    if not torch.isfinite(blocks[:, -1]).all():
-        raise NonFiniteLossError(
-            "the logits that a response is drawn from are not finite: the weights diverged, or "
-            "overflow in float16; checkpoints saved before, if any, are untouched. Lower "
-            "model.optimizer.init_args.lr, set trainer.gradient_clip_val, or use "
-            "trainer.precision: 32-true"
-        )
     wanted = uniform[:, None].to(torch.float64) * blocks[:, -1:]
     block = _first_above(blocks, wanted)
     before = torch.where(block > 0, blocks.gather(1, (block - 1).clamp(min=0)), 0.0)
     tokens = block * BLOCK + torch.arange(BLOCK, device=mass.device)
     inside = mass.gather(1, tokens.clamp(max=size - 1)).double().masked_fill(tokens >= size, 0.0)
     token = _first_above(inside.cumsum(dim=-1), wanted - before)
-    return (block * BLOCK + token)[:, 0]
+    return (block * BLOCK + token)[:, 0].masked_fill(~torch.isfinite(blocks[:, -1]), -1)
 
 
 def _first_above(
@@ -137,6 +143,6 @@ class ForcedDraws:
         self, input_ids: Int[Tensor, "batch seq"], scores: Float[Tensor, "batch rows"]
     ) -> Float[Tensor, "batch rows"]:
         """Scores that are 0 at the token drawn and −∞ elsewhere."""
-        drawn = self.sampler.draw(scores, self.uniform[:, self.step])
+        drawn = checked(self.sampler.draw(scores, self.uniform[:, self.step]))
         self.step += 1
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn[:, None], 0.0)
