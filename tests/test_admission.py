@@ -65,7 +65,7 @@ def test_known_architectures_are_taken(name):
 
 
 def test_a_model_that_samples_from_other_probabilities_is_refused():
-    """RWKV: its state at a prompt's end is not that of a whole pass."""
+    """RWKV is seen to; why was not looked into."""
     config = RwkvConfig(**ROWS, hidden_size=16, num_hidden_layers=2, context_length=64)
     lm = language_model(config)
     with torch.no_grad():

@@ -128,8 +128,8 @@ def _run(arguments: list[str]) -> int:
 def _uncollected() -> Iterator[None]:
     """Imports without garbage collection, which leaves out what they made ever after.
 
-    Modules stay until the end, and looking through them again and again takes a quarter of the
-    start, and seconds at the end. Nothing is done in a process that has imported them before.
+    Modules stay until the end, and looking through them again and again costs time at the start
+    and at the end. Nothing is done in a process that has imported them before.
     """
     if "torch" in sys.modules:
         yield
