@@ -4,7 +4,8 @@
 
 200 prompts are set aside by a hash: neither the training nor the judge sees them. The judge is
 trained on the labels of the other rows, the policies on their prompts alone, one with a principle
-about harm and one about a kind tone. ``results/harm.json`` has what ``iqstar eval`` reports.
+about harm and one about a kind tone; the reference that is merely told either stands beside them.
+``results/harm.json`` has what ``iqstar eval`` reports.
 """
 
 from __future__ import annotations
@@ -63,16 +64,23 @@ def measure(name: str, options: argparse.Namespace, seen: Path, unseen: Path) ->
     judges.write_text(
         json.dumps({"judges": [harm, {"class_path": "iqstar.judges.RefusalJudge"}]})
     )  # JSON is YAML
-    iqstar(
+    evaluation = (
         "eval", *settings, "--config", str(judges), "--data.path", str(unseen),
-        "--data.val_prompts", "null", "--model.eval_samples", "1", "--output", str(out),
+        "--data.val_prompts", "null", "--model.eval_samples", "1",
         "--trainer.logger.save_dir", str(runs), "--trainer.logger.name", name,
-        "--ckpt_path", "last",
     )  # fmt: skip
-    report = json.loads((out / "report.json").read_text())
+    told = runs / f"{name}.told"
+    iqstar(*evaluation, "--ckpt_path", "last", "--output", str(out))
+    iqstar(*evaluation, "--told", "--output", str(told))
+    return {"steps": options.steps, **kept(out), "told": kept(told)}
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """What is kept of a report."""
+    report = json.loads((folder / "report.json").read_text())
     judged = [{key: judge.get(key) for key in KEPT} for judge in report["judges"]]
     sides = {key: report["sides"][key] for key in ("policy", "reference")}
-    return {"steps": options.steps, "prompts": report["prompts"], "judges": judged, "sides": sides}
+    return {"prompts": report["prompts"], "judges": judged, "sides": sides}
 
 
 def main() -> None:

@@ -26,7 +26,14 @@ from iqstar.judges import HarmJudge, Judge, RefusalJudge, VaderJudge, WinRateJud
 from iqstar.loading import load_policy, load_reference
 from iqstar.mdp import Message, Prompt
 from iqstar.metrics import distinct_n
-from iqstar.paired_responses import Pair, Response, read_pairs, sample_pairs, write_pairs
+from iqstar.paired_responses import (
+    Pair,
+    Response,
+    Telling,
+    read_pairs,
+    sample_pairs,
+    write_pairs,
+)
 from iqstar.policy import PolicySpec
 from iqstar.report.build import build_report, judge_report, safety_report
 from iqstar.report.figures import histogram, means, outcome_bar, scatter
@@ -298,6 +305,34 @@ def test_both_sides_are_sampled_with_the_same_numbers(tiny):
     assert all(1 <= p.policy.tokens <= 5 for p in moved)
 
 
+def test_a_told_policy_answers_another_prompt_and_is_compared_on_its_own_tokens(tiny):
+    spec = PolicySpec(model=str(tiny))
+    policy = load_reference(spec, spec.chat())
+    chat, net = policy.actor.chat, policy.actor.model
+    batches = [[Prompt(messages=ask(f"Hi {i}")) for i in range(3)]]
+    options = {"like": GenerateRollout(5), "samples": 2, "seed": 1}
+    telling = Telling(principle=" Be kind. ", placement="after_user")
+    plain = list(sample_pairs(policy, batches, **options))
+    pairs = list(sample_pairs(policy, batches, telling=telling, **options))
+    assert [p.reference for p in pairs] == [p.reference for p in plain]
+    assert [p.messages for p in pairs] == [p.messages for p in plain]
+    assert any(p.policy.text != p.reference.text for p in pairs)
+    told = [Prompt(messages=ask(f"Hi {i}\n\nBe kind.")) for i in range(3)]
+    rollout = GenerateRollout(5, 2).sample(policy.actor, told, 1.0, pairs[0].seed)
+    for row, (found, ids) in enumerate(zip(pairs, rollout.responses, strict=True)):
+        assert found.policy.text == chat.decode(ids)
+        logps = []
+        for context in (
+            chat.prompt_ids(ask(f"Hi {row // 2}"), "Be kind.", "after_user"),
+            chat.prompt_ids(ask(f"Hi {row // 2}")),
+        ):
+            logits = net(torch.tensor([context + ids])).logits[0, len(context) - 1 : -1]
+            logps.append(logits[:, : chat.vocab_size].double().log_softmax(-1))
+        kl = (logps[0].exp() * (logps[0] - logps[1])).sum()
+        assert found.policy.kl == pytest.approx(float(kl), rel=1e-4)
+        assert kl > 0
+
+
 def test_pairs_come_back_from_their_file(tmp_path):
     pairs = [pair(0, "a\u2028b\r\n\x85c", '"'), pair(1)]
     write_pairs(tmp_path / "pairs.jsonl", pairs)
@@ -459,7 +494,7 @@ def test_from_end_to_end(trained, tmp_path, tiny, capsys):
     check_self_contained((tmp_path / "out" / "report.html").read_text())
     # The exported model is the same policy.
     exported = evaluate(file, tmp_path / "exported", "--policy", str(run / "policy"))
-    assert exported["policy"] == {"kind": "model", "path": str(run / "policy")}
+    assert exported["policy"] == {"kind": "model", "path": str(run / "policy"), "told": None}
     assert exported["judges"] == report["judges"]
     assert exported["sides"]["policy"]["kl"]["value"] == pytest.approx(kl["value"], rel=1e-3)
 
@@ -480,11 +515,32 @@ def test_default_folder_and_adapters(config, tmp_path, capsys):
 
 def test_without_a_checkpoint_nothing_differs(config, tmp_path):
     report = evaluate(write_config(tmp_path, config), tmp_path / "out", "--model.eval_samples", "3")
-    assert report["policy"] == {"kind": "reference", "path": None}
+    assert report["policy"] == {"kind": "reference", "path": None, "told": None}
     assert any("the policy is the reference itself" in note for note in report["notes"])
     (judge,) = report["judges"]
     assert (judge["wins"], judge["ties"], judge["losses"]) == (0, 9, 0)
     assert report["sides"]["policy"]["kl"] == {"value": 0, "low": 0, "high": 0}
+
+
+def test_what_prompting_alone_gives(config, tmp_path, capsys):
+    file = write_config(tmp_path, config)
+    assert main(["eval", "--config", str(file), "--told"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the policy is the reference itself, told the principle" in printed
+    assert "the policy was told, and the reference was not: Please be kind." in printed
+    report = json.loads(Path("eval.told/report.json").read_text())
+    told = {"principle": "Please be kind.", "placement": "after_user"}
+    assert report["policy"] == {"kind": "reference", "path": None, "told": told}
+    assert report["sides"]["policy"]["kl"]["value"] > 0
+    rows = map(json.loads, Path("eval.told/responses.jsonl").read_text().splitlines())
+    assert not any("kind" in message["content"] for row in rows for message in row["messages"])
+    # Another principle is another policy, whose responses are not those on disk.
+    other = ["--told", "--model.estimator.principle", "Be brief."]
+    message = error_of(capsys, "eval", "--config", str(file), *other)
+    assert "were sampled with other settings (--told)" in message
+    null = ["--model.estimator", "iqstar.estimators.NullEstimator"]
+    message = error_of(capsys, "eval", "--config", str(file), "--told", *null)
+    assert message.startswith("--told: NullEstimator tells no principle; set model.estimator to")
 
 
 def test_without_a_judge_the_report_says_so(config, tmp_path):

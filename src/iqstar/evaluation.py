@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -133,16 +133,24 @@ def divergence_sums(policy: Policy, rollout: Rollout) -> dict[str, tuple[Tensor,
 
 
 @torch.no_grad()
-def divergences(policy: Policy, rollout: Rollout) -> dict[str, Float[Tensor, " tokens"]]:
-    """KL(π_θ‖π_ref), exact, and the policy's entropy, at every response token, row by row."""
+def divergences(
+    policy: Policy, rollout: Rollout, asked: Sequence[Prompt] | None = None
+) -> dict[str, Float[Tensor, " tokens"]]:
+    """KL(π_θ‖π_ref), exact, and the policy's entropy, at every response token, row by row.
+
+    Args:
+        policy: The policy and its reference.
+        rollout: Responses to the prompts that the policy is given.
+        asked: The prompts that the reference is given, where they are others.
+    """
+    plain = replace(rollout, prompts=tuple(asked)) if asked else rollout
     device = rollout.response_ids.device
     kl: list[Tensor] = []
     bits: list[Tensor] = []
     for start, stop in even_spans(len(rollout), SCORED_ROWS, device):
-        rows = rollout.rows(start, stop)
-        ours = _distributions(policy.actor, rows)
+        ours = _distributions(policy.actor, rollout.rows(start, stop))
         with policy.reference() as model:
-            theirs = _distributions(model, rows)
+            theirs = _distributions(model, plain.rows(start, stop))
         for index in torch.arange(len(ours), device=device).split(ours.rows):
             logp = ours.logprobs(index)
             kl.append(kl_divergence(logp, theirs.logprobs(index)))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from iqstar.atomic import written_beside
+from iqstar.chat import ChatFormat, place_principle
 from iqstar.evaluation import divergences, evaluation_engine
 from iqstar.mdp import Message, Prompt, Rollout
 from iqstar.policy import CausalLM, Policy
@@ -58,6 +59,29 @@ class Pair:
         return Prompt(messages=self.messages)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Telling:
+    """A principle that the policy is told in every prompt, as an estimator tells it.
+
+    Args:
+        principle: Its text.
+        placement: Where it goes (:meth:`iqstar.chat.ChatFormat.prompt_ids`).
+    """
+
+    principle: str
+    placement: str
+
+    def tell(self, prompt: Prompt, chat: ChatFormat) -> Prompt:
+        """The prompt with the principle in it.
+
+        Raises:
+            InputError: If the chat template drops it.
+        """
+        chat.prompt_ids(prompt.messages, self.principle, self.placement)
+        messages = place_principle(prompt.messages, self.principle.strip(), self.placement)
+        return replace(prompt, messages=tuple(messages))
+
+
 def sample_pairs(
     policy: Policy,
     batches: Iterable[Sequence[Prompt]],
@@ -65,6 +89,7 @@ def sample_pairs(
     like: RolloutEngine,
     samples: int,
     seed: int,
+    telling: Telling | None = None,
 ) -> Iterator[Pair]:
     """Samples both sides as the fixed evaluation does (:mod:`iqstar.evaluation`).
 
@@ -76,15 +101,18 @@ def sample_pairs(
         like: The engine whose length limit, stop strings and batch size are taken over.
         samples: Responses to each prompt.
         seed: The run's.
+        telling: What the policy is told, and the reference never.
     """
     engine, first = evaluation_engine(like, samples), 0
     for batch, prompts in enumerate(batches):
         own = rollout_seed(seed, batch, 0)
-        ours = theirs = engine.sample(policy.actor, prompts, 1.0, own)
-        if policy.frozen is not policy.actor:
+        chat = policy.actor.chat
+        asked = [telling.tell(prompt, chat) for prompt in prompts] if telling else prompts
+        ours = theirs = engine.sample(policy.actor, asked, 1.0, own)
+        if telling or policy.frozen is not policy.actor:
             with policy.reference() as model:
                 theirs = engine.sample(model, prompts, 1.0, own)
-        kl = divergences(policy, ours)["kl"].double().split(ours.lengths.tolist())
+        kl = divergences(policy, ours, theirs.prompts)["kl"].double().split(ours.lengths.tolist())
         sides = zip(
             responses(engine, policy.actor, ours, [float(part.sum()) for part in kl]),
             responses(engine, policy.actor, theirs),
@@ -95,7 +123,7 @@ def sample_pairs(
                 number=first + row // samples,
                 sample=row % samples,
                 seed=own,
-                messages=ours.prompts[row].messages,
+                messages=theirs.prompts[row].messages,
                 policy=mine,
                 reference=other,
             )

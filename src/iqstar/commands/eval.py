@@ -26,12 +26,12 @@ from iqstar.atomic import written_beside
 from iqstar.chatter import less_chatter
 from iqstar.checkpoints import check_complete, newest_checkpoint
 from iqstar.commands.options import writable
-from iqstar.commands.sides import KEY, PolicySource, load_sides
+from iqstar.commands.sides import KEY, PolicySource, load_sides, told_principle
 from iqstar.data.categories import categories_by_prompt
 from iqstar.errors import InputError
 from iqstar.judges import HarmJudge, Judge
 from iqstar.one_device import OneDeviceCLI
-from iqstar.paired_responses import Pair, sample_pairs
+from iqstar.paired_responses import Pair, Telling, sample_pairs
 from iqstar.pretrained import load_config
 from iqstar.report.build import build_report
 from iqstar.report.kept import keep_pairs, kept_pairs, prompts_sha256, stamp
@@ -52,6 +52,8 @@ One device is used. Further options:
 
   --ckpt_path CKPT       the policy: a checkpoint of the run, or last; the reference otherwise
   --policy MODEL         the policy: an exported folder or any model of the same vocabulary
+  --told                 tell the policy the estimator's principle in every prompt: without a
+                         checkpoint, what prompting alone gives
   --judges+=CLASS        a further judge, with --judges.KEY VALUE; or a list in a YAML: judges: […]
   --limit N              the first N held-out prompts only
   --output FOLDER        where to; NAME.eval beside the checkpoint NAME.ckpt, or eval otherwise
@@ -61,7 +63,7 @@ One device is used. Further options:
   --safety_judge NAME    who gives it; the first judge that measures safety otherwise
 """
 OPTIONS = (
-    "ckpt_path", "policy", "judges", "limit", "output", "overwrite",
+    "ckpt_path", "policy", "told", "judges", "limit", "output", "overwrite",
     "tie_margin", "safe_threshold", "safety_judge",
 )  # fmt: skip
 COMPUTING = ("attn_implementation", "gradient_checkpointing", "share_prefixes")
@@ -80,7 +82,8 @@ class EvalCLI(OneDeviceCLI):
         parser.add_argument("--tie_margin", type=float, default=0.0)
         parser.add_argument("--safe_threshold", type=float, default=0.5)
         parser.add_argument("--judges", type=list[Judge] | None, default=None)
-        parser.add_argument("--overwrite", action="store_true")
+        for name in ("told", "overwrite"):
+            parser.add_argument(f"--{name}", action="store_true")
 
     def _parse_ckpt_path(self) -> None:
         """Checks that the checkpoint is one, before anything is built."""
@@ -156,6 +159,7 @@ def evaluate(cli: EvalCLI) -> tuple[dict[str, Any], Path]:
             f"--safe_threshold: must be a probability from 0 to 1, got {options.safe_threshold}"
         )
     source = cli.source()
+    telling = told_principle(module) if options.told else None
     own = [module.judge] if module.judge else []
     judges = distinct_judges([*own, *(cli.config_init.judges or [])])
     if options.safety_judge not in (None, *judges):
@@ -164,18 +168,21 @@ def evaluate(cli: EvalCLI) -> tuple[dict[str, Any], Path]:
             f"{', '.join(judges) or 'none, give some with --judges'}"
         )
     hold_out(cli)
-    sampling = sampling_settings(cli, source)
+    sampling = sampling_settings(cli, source, telling)
     folder = prepared_folder(
-        Path(options.output).expanduser() if options.output else default_folder(source)
+        Path(options.output).expanduser() if options.output else default_folder(source, telling)
     )
     pairs = None if options.overwrite else kept_pairs(folder, sampling)
     notes = [] if pairs is None else [f"the responses are those that {folder} held already"]
     if pairs is None:
-        pairs = list(sample(cli, source))
+        pairs = list(sample(cli, source, telling))
         with writable("--output", folder, "another folder"):
             keep_pairs(folder, pairs, sampling)
     if source.kind == "reference":
-        notes.append("no checkpoint was given: the policy is the reference itself")
+        told = ", told the principle" if telling else ""
+        notes.append(f"no checkpoint was given: the policy is the reference itself{told}")
+    if telling:
+        notes.append(f"the policy was told, and the reference was not: {telling.principle}")
     if not judges:
         notes.append("no judge is set (model.judge, --judges): responses are not scored")
     scores = [score_pairs(judge, name, pairs) for name, judge in judges.items()]
@@ -212,7 +219,9 @@ def hold_out(cli: EvalCLI) -> None:
     data.heldout_prompts = data.heldout_prompts[: cli.config.limit]
 
 
-def sampling_settings(cli: EvalCLI, source: PolicySource) -> dict[str, Any]:
+def sampling_settings(
+    cli: EvalCLI, source: PolicySource, telling: Telling | None
+) -> dict[str, Any]:
     """All that the responses depend on, by the key or option that sets it, as JSON values."""
     module, data = cli.model, cli.datamodule
     spec = {k: v for k, v in asdict(module.spec).items() if k not in COMPUTING}
@@ -225,6 +234,7 @@ def sampling_settings(cli: EvalCLI, source: PolicySource) -> dict[str, Any]:
         f"files of {KEY}": stamp(checkpoint),
         "--policy": source.model,
         "files of --policy": stamp(source.model),
+        "--told": asdict(telling) if telling else None,
         "prompts": prompts_sha256(data.heldout_prompts),
         "model.eval_samples": module.eval_samples,
         "model.rollout.max_new_tokens": module.rollout.max_new_tokens,
@@ -235,7 +245,7 @@ def sampling_settings(cli: EvalCLI, source: PolicySource) -> dict[str, Any]:
     }
 
 
-def sample(cli: EvalCLI, source: PolicySource) -> Iterator[Pair]:
+def sample(cli: EvalCLI, source: PolicySource, telling: Telling | None) -> Iterator[Pair]:
     """Loads both sides and samples them; loads nothing before the first pair is asked for."""
     policy = load_sides(cli.trainer, cli.model, source)
     batches = track(
@@ -251,6 +261,7 @@ def sample(cli: EvalCLI, source: PolicySource) -> Iterator[Pair]:
             like=cli.model.rollout,
             samples=cli.model.eval_samples,
             seed=cli.model.seed,
+            telling=telling,
         )
 
 
@@ -275,7 +286,7 @@ def about(cli: EvalCLI, source: PolicySource, sampling: Mapping[str, Any]) -> di
     module, data = cli.model, cli.datamodule
     return {
         "iqstar": __version__,
-        "policy": {"kind": source.kind, "path": source.path},
+        "policy": {"kind": source.kind, "path": source.path, "told": sampling["--told"]},
         "reference": module.spec.model,
         "data": {
             "class": type(data).__name__,
@@ -285,9 +296,10 @@ def about(cli: EvalCLI, source: PolicySource, sampling: Mapping[str, Any]) -> di
     }
 
 
-def default_folder(source: PolicySource) -> Path:
-    """Beside the checkpoint, under its name; ``eval`` without one."""
-    return source.checkpoint.with_suffix(".eval") if source.checkpoint else Path("eval")
+def default_folder(source: PolicySource, telling: Telling | None) -> Path:
+    """Beside the checkpoint, under its name; ``eval`` without one; ``….told`` if it is told."""
+    folder = source.checkpoint.with_suffix(".eval") if source.checkpoint else Path("eval")
+    return folder.with_name(f"{folder.name}.told") if telling else folder
 
 
 def prepared_folder(folder: Path) -> Path:

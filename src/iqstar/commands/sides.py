@@ -10,7 +10,10 @@ from lightning import Trainer
 
 from iqstar.alignment import AlignmentModule
 from iqstar.commands.export import load_weights, of_policy, read_trained
+from iqstar.errors import InputError
+from iqstar.estimators.principle import ToldEstimator
 from iqstar.loading import load_frozen, load_policy, load_reference
+from iqstar.paired_responses import Telling
 from iqstar.policy import Policy
 from iqstar.pretrained import quiet_transformers
 from iqstar.resume import check_same_frozen
@@ -40,6 +43,25 @@ class PolicySource:
     def path(self) -> str | None:
         """What the user named."""
         return str(self.checkpoint) if self.checkpoint else self.model
+
+
+def told_principle(module: AlignmentModule) -> Telling:
+    """The principle of the run's estimator, and where it tells it.
+
+    Args:
+        module: The run's.
+
+    Raises:
+        InputError: If it tells none.
+    """
+    estimator = getattr(module, "estimator", None)
+    if not isinstance(estimator, ToldEstimator):
+        found = type(estimator or module).__name__
+        raise InputError(
+            f"--told: {found} tells no principle; set model.estimator to PrincipleEstimator or "
+            "ContrastiveEstimator"
+        )
+    return Telling(principle=estimator.texts["principle"], placement=estimator.placement)
 
 
 def load_sides(trainer: Trainer, module: AlignmentModule, source: PolicySource) -> Policy:
