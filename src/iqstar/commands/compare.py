@@ -181,7 +181,7 @@ def write_report(comparison: Comparison, output: Path, report: Path) -> None:
     curves = results.finished(comparison, output)
     parts = [
         "# Methods side by side",
-        f"Written by `iqstar compare`; what it does is in its documentation. {_versions()}.",
+        f"Written by `iqstar compare` (its repository: docs/compare.md). {_versions()}.",
         markdown(comparison, curves, chosen),
     ]
     if curves:
