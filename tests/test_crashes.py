@@ -43,7 +43,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(newest)["state_dict"]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path, tiny, kills):
     """SIGKILL at random moments, during saves too; the end is that of an undisturbed run."""
     settings = {"trainer__max_steps": 60 + 20 * kills, "summary": {"examples": 0}}
