@@ -33,8 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: setup ## Align the bundled model with the shipped prompts, about 5 minutes
 	$(BIN)/iqstar fit --config configs/quickstart.yaml $(ARGS)
 
+# In the order of their names: in xdist's own, by their numbers of tests, the longest files come last.
 test: setup ## Run the fast tests, a process to a core (four at most)
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: setup ## Run the tests that need the bundled model or minutes of CPU time
 	$(BIN)/pytest -m slow $(ARGS)
