@@ -28,10 +28,9 @@ def goals(results: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
     for precision in PRECISIONS:
         if record := results.get(f"step-{precision}"):
             found += _step(record["table"], precision)
+    by_precision = {"rollouts": _rollouts, "utilisation": _utilisation, "kernel": _kernel}
     for name, goals_of in (
-        ("rollouts", _rollouts),
-        ("utilisation", _utilisation),
-        *((f"kernel-{precision}", _kernel) for precision in PRECISIONS),
+        *((f"{n}-{p}", goals_of) for n, goals_of in by_precision.items() for p in PRECISIONS),
         ("linear", _linear),
         ("startup", _startup),
     ):

@@ -126,8 +126,8 @@ def main() -> None:
     texts = harness.prompts(options.data, max(options.responses))
     shape = {k: getattr(options, k) for k in ("tokens", "repeats", "threads", "model", "vllm")}
     names = ["iqstar", BASE, *(["vllm"] if options.vllm else [])]
-    table, samples, rows = {}, {}, []
     for precision in options.precision:
+        table, samples, rows = {}, {}, []
         for count in options.responses:
             common = {**shape, "precision": precision, "texts": texts[:count]}
             found = harness.alternate(
@@ -144,9 +144,9 @@ def main() -> None:
                 row["ratio"] = row["tokens_per_second"] * slow["seconds"] / slow["tokens"]
                 keys = ("tokens_per_second", "ratio", "sync_seconds", "peak_rss_mib")
                 rows.append([f"{name}, {cell}", *(row[k] for k in keys)])
-    columns = ["engine", "tokens/s", "ratio", "of it transfer, s", "peak RSS, MiB"]
-    shown = harness.table("Rollouts", columns, rows)
-    harness.finish(options, "rollouts", [shown], table=table, samples=samples)
+        columns = ["engine", "tokens/s", "ratio", "of it transfer, s", "peak RSS, MiB"]
+        shown = harness.table("Rollouts", columns, rows)
+        harness.finish(options, f"rollouts-{precision}", [shown], table=table, samples=samples)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/table.py
 
 ``<!-- BENCH:name -->`` and ``<!-- /BENCH:name -->`` enclose what ``results/name.json`` says;
-``goals`` stands for all goals. A test makes sure that the docs quote what the results hold.
+``goals`` stands for all goals. Results of another machine lie in a folder of their own, and
+``folder/name`` quotes them. A test makes sure that the docs quote what the results hold.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import goals
 import harness
 
 PAGES = ("docs/performance.md",)
-MARKED = re.compile(r"(<!-- BENCH:([\w-]+) -->\n)(.*?)(<!-- /BENCH:\2 -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- BENCH:([\w/-]+) -->\n)(.*?)(<!-- /BENCH:\2 -->)", re.DOTALL)
 MISSING = "*Not measured yet.*\n"
 
 
@@ -44,8 +45,10 @@ def source(record: Mapping[str, Any]) -> str:
     )
 
 
-def section(name: str, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """What stands between the markers of a name."""
+def section(path: str, folder: Path) -> str:
+    """What stands between the markers of a name, which may be one in a folder within."""
+    within, _, name = path.rpartition("/")
+    results = goals.read(folder / within)
     if name == "goals":
         return markdown(goals.table(results)) if results else MISSING
     if name not in results:
@@ -54,11 +57,11 @@ def section(name: str, results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([source(record), *map(markdown, record["tables"])])
 
 
-def filled(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A page with all its sections as the results have them."""
+def filled(text: str, folder: Path) -> str:
+    """A page with all its sections as the results of a folder have them."""
 
     def replace(found: re.Match[str]) -> str:
-        return f"{found[1]}{section(found[2], results)}{found[4]}"
+        return f"{found[1]}{section(found[2], folder)}{found[4]}"
 
     return MARKED.sub(replace, text)
 
@@ -68,10 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, default=harness.RESULTS)
     options = parser.parse_args()
-    results = goals.read(options.results)
     for page in (harness.ROOT / name for name in PAGES):
-        page.write_text(filled(page.read_text(), results))
-    harness.show(goals.table(results))
+        page.write_text(filled(page.read_text(), options.results))
+    harness.show(goals.table(goals.read(options.results)))
 
 
 if __name__ == "__main__":

@@ -196,29 +196,29 @@ def main() -> None:
     keys = ("prompts", "tokens", "steps", "repeats", "threads", "model")
     shape = {k: getattr(options, k) for k in keys}
     texts = harness.prompts(options.data, options.prompts * (options.steps + 2))
-    sides = {
-        f"{name}, {precision}": {
-            **shape,
-            **SIDES[name],
-            "estimator": name.partition(",")[0],
-            "precision": precision,
-            "texts": texts,
+    for precision in options.precision:
+        common = {**shape, "precision": precision, "texts": texts}
+        samples = harness.alternate(
+            {
+                f"{name}, {precision}": {
+                    **common,
+                    **SIDES[name],
+                    "estimator": name.partition(",")[0],
+                }
+                for name in options.sides
+            },
+            options.rounds,
+            lambda s: harness.run_worker(__file__, s, options.threads),
+        )
+        table = {
+            name: harness.medians([{k: v for k, v in s.items() if k != "largest"} for s in found])
+            for name, found in samples.items()
         }
-        for precision in options.precision
-        for name in options.sides
-    }
-    samples = harness.alternate(
-        sides, options.rounds, lambda s: harness.run_worker(__file__, s, options.threads)
-    )
-    table = {
-        name: harness.medians([{k: v for k, v in s.items() if k != "largest"} for s in found])
-        for name, found in samples.items()
-    }
-    columns = ("update", "products", "gflop", "gflop_per_second", "utilisation")
-    rows = [[name, *(row[c] for c in columns)] for name, row in table.items()]
-    titles = ["side", "update, s", "its products alone, s", "GFLOP", "GFLOP/s", "utilisation"]
-    shown = harness.table("Utilisation", titles, rows)
-    harness.finish(options, "utilisation", [shown], table=table, samples=samples)
+        columns = ("update", "products", "gflop", "gflop_per_second", "utilisation")
+        rows = [[name, *(row[c] for c in columns)] for name, row in table.items()]
+        titles = ["side", "update, s", "its products alone, s", "GFLOP", "GFLOP/s", "utilisation"]
+        shown = harness.table("Utilisation", titles, rows)
+        harness.finish(options, f"utilisation-{precision}", [shown], table=table, samples=samples)
 
 
 if __name__ == "__main__":
