@@ -281,7 +281,7 @@ def test_a_rank_that_dies_stops_the_others_with_its_error(tmp_path, tiny):
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_nodes_of_torchrun(tmp_path, tiny, strategy):
     """Two nodes on the loopback device are two devices: same curves, same weights."""
     nodes, devices = tmp_path / "nodes", tmp_path / "devices"
