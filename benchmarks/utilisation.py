@@ -198,17 +198,12 @@ def main() -> None:
     texts = harness.prompts(options.data, options.prompts * (options.steps + 2))
     for precision in options.precision:
         common = {**shape, "precision": precision, "texts": texts}
+        sides = {
+            f"{name}, {precision}": {**common, **SIDES[name], "estimator": name.partition(",")[0]}
+            for name in options.sides
+        }
         samples = harness.alternate(
-            {
-                f"{name}, {precision}": {
-                    **common,
-                    **SIDES[name],
-                    "estimator": name.partition(",")[0],
-                }
-                for name in options.sides
-            },
-            options.rounds,
-            lambda s: harness.run_worker(__file__, s, options.threads),
+            sides, options.rounds, lambda s: harness.run_worker(__file__, s, options.threads)
         )
         table = {
             name: harness.medians([{k: v for k, v in s.items() if k != "largest"} for s in found])
