@@ -19,7 +19,7 @@ LAYERS = [
     {"distributions"},
     {"losses", "credit", "chat", "metrics", "optim", "pretrained", "refresh"}
     | {"attention", "lean", "sampling", "settings", "kv_cache"},
-    {"prefixes", "decoding", "judges"},
+    {"prefixes", "decoding", "judges", "packed"},
     {"policy"},
     {"admission"},
     {"loading", "engine"},

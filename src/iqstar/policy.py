@@ -21,6 +21,7 @@ from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.head import LanguageHead
 from iqstar.mdp import TokenSequences
+from iqstar.packed import weights_packed
 from iqstar.precision import casts_kept
 from iqstar.prefixes import WORTH, WORTH_ON_GPU, KnownContexts, hidden_states
 from iqstar.pretrained import load_config, load_tokenizer, resolve_model
@@ -247,6 +248,7 @@ class CausalLM(nn.Module):
             with (
                 casts_kept(self.device),
                 whole_blocks(self, self._gathered_bytes, self.device) as independent,
+                weights_packed(inner, len(prompts)),
             ):
                 if independent and decoding.fits(inner, length):
 

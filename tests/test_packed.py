@@ -1,0 +1,135 @@
+"""Packed matrices multiply as plain ones do, serve one rollout, and leave nothing behind."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from iqstar.packed import weights_packed
+from iqstar.sampling import CategoricalSampler, uniform_numbers
+from test_policy import load
+from tiny import tiny_model
+
+BF16 = torch.bfloat16
+served = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN"
+)
+served_bf16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here"
+)
+
+
+def layer_of(dtype=torch.float32, bias=True):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Linear(64, 48, bias=bias, dtype=dtype)
+
+
+def packed(layer):
+    return "forward" in vars(layer)
+
+
+@served
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [
+        (torch.float32, False),
+        pytest.param(BF16, False, marks=served_bf16),
+        pytest.param(torch.float32, True, marks=served_bf16),
+        pytest.param(BF16, True, marks=served_bf16),
+    ],
+)
+def test_products_are_those_of_the_layer(dtype, autocast, bias):
+    """Of rows of every number and shape, none of them included, to within rounding."""
+    layer = layer_of(dtype, bias)
+    x = torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(1))
+    x = x if autocast else x.to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", BF16, enabled=autocast):
+        rows = [x, x[:1], x[0], x[0, :0], x[:, ::2]]
+        plain = [layer(y) for y in rows]
+        with weights_packed(layer, rows=5):
+            assert packed(layer)
+            ours = [layer(y) for y in rows]
+    assert not packed(layer)
+    for mine, expected in zip(ours, plain, strict=True):
+        assert mine.dtype == expected.dtype
+        # A sum that is rounded to 8 bits may end on either side of the same number.
+        bound = 1e-2 if mine.dtype == BF16 else 1e-6
+        torch.testing.assert_close(mine, expected, atol=bound, rtol=bound)
+
+
+def test_what_computes_otherwise_is_left_alone():
+    """Another dtype, a subclass, a layer that somebody changed, and layers that are not linear."""
+
+    class Other(nn.Linear):
+        pass
+
+    changed = layer_of()
+    changed.forward = own = lambda x: x
+    model = nn.ModuleList([layer_of(torch.float64), Other(4, 4), changed, nn.Embedding(4, 4)])
+    with weights_packed(model, rows=2):
+        assert not any(packed(m) for m in model if m is not changed)
+        assert changed.forward is own
+    assert changed.forward is own
+
+
+@served
+def test_layers_are_given_back_when_generation_fails():
+    layer = layer_of()
+    with pytest.raises(RuntimeError, match="out of memory"), weights_packed(layer, rows=2):
+        assert packed(layer)
+        raise RuntimeError("out of memory")
+    assert not packed(layer)
+
+
+@served
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_policy_samples_with_the_weights_of_the_moment(tiny, monkeypatch, name):
+    """The second rollout sees what an optimiser step changed; tokens are those of plain products.
+
+    GPT-2 has no linear layers but its head.
+    """
+    actor = load(tiny).actor
+    if name == "gpt2":
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        config = GPT2Config(vocab_size=actor.chat.vocab_size, **sizes)
+        torch.manual_seed(0)
+        actor.model = AutoModelForCausalLM.from_config(config)
+    layers = [m for m in actor.model.modules() if type(m) is nn.Linear]
+    seen = []
+
+    def sample():
+        sampler = CategoricalSampler(temperature=1.0, vocab_size=actor.chat.vocab_size)
+        uniform = uniform_numbers(2, 8, 0, torch.device("cpu"))
+
+        def ended(row):
+            seen.append(all(packed(layer) for layer in layers))
+            return False
+
+        return actor.generate([[5, 6, 7], [8, 9]], 8, sampler, uniform, ended)
+
+    def plainly():
+        with monkeypatch.context() as patch:
+            patch.setattr("iqstar.packed._served", lambda dtype: False)
+            return sample()
+
+    before = sample()
+    assert all(seen)
+    assert before == plainly()
+    with torch.no_grad():
+        for parameter in actor.parameters():
+            parameter.mul_(1.5)
+    after = sample()
+    assert after != before
+    assert after == plainly()
+    assert not any(packed(layer) for layer in layers)
+
+
+@served
+def test_all_layers_of_a_model_are_packed():
+    model = tiny_model()
+    layers = [m for m in model.modules() if type(m) is nn.Linear]
+    with weights_packed(model, rows=4):
+        assert len(layers) > 7
+        assert all(packed(layer) for layer in layers)
