@@ -107,6 +107,8 @@ def test_bf16_halves_the_references_matrices_only():
     assert found.policy.total - found.frozen["reference"].total == 2 * matrices
     assert found.casts == 2 * matrices
     assert found.head_casts == 2 * tiny_model().lm_head.weight.numel()
+    assert found.packed == found.casts + found.head_casts
+    assert trace().packed == 2 * found.packed  # float32 is packed as it is
 
 
 def test_adapters_are_peft_s():
@@ -215,6 +217,7 @@ RUN = Footprint(
     step_buffers=160,
     head_casts=40,
     casts=160,
+    packed=500,
     rollout=Generation(cache=100, working=10),
     evaluation=Generation(cache=200, working=20),
     evaluation_scoring=50,
@@ -281,7 +284,8 @@ def test_offloaded_shards_leave_the_device():
 
 def test_on_cpus_the_heap_keeps_what_other_phases_gave_back():
     plan = make_plan(RUN, replace(ONE, gpu=False))
-    others = (200 + 200 + 20) + (100 + 100 + 10) + 30 + 160
+    assert plan.phases["rollout"]["packed matrices"] == 500 - 400  # the rest where gradients were
+    others = (100 + 200 + 200 + 20) + (100 + 100 + 100 + 10) + 30 + 160
     assert plan.phases["update"]["heap of the other phases"] == others
     assert {parts["gradients"] for parts in plan.phases.values()} == {400}  # there too
 

@@ -36,12 +36,12 @@ def weights_packed(model: nn.Module, rows: int) -> Iterator[None]:
             if type(layer) is nn.Linear and "forward" not in vars(layer):
                 forward = _packed_forward(layer, rows)
                 if forward is not None:
-                    layer.forward = MethodType(forward, layer)
+                    vars(layer)["forward"] = MethodType(forward, layer)
                     packed.append(layer)
         yield
     finally:
         for layer in packed:
-            del layer.forward
+            del vars(layer)["forward"]
 
 
 def _packed_forward(layer: nn.Linear, rows: int) -> Any:

@@ -70,6 +70,16 @@ def _bytes(module: nn.Module, chosen: Callable[[Tensor], Tensor | None]) -> int:
     return sum(t.nbytes for p in module.parameters() if (t := chosen(p)) is not None)
 
 
+def packed_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
+    """Bytes of the copies of matrices that generating makes on a CPU: packed, or cast."""
+    from transformers.pytorch_utils import Conv1D
+
+    matrices = [m.weight for m in model.modules() if type(m) is nn.Linear]
+    packed = sum(w.numel() * (dtype or w.dtype).itemsize for w in matrices)
+    others = (m for m in model.modules() if isinstance(m, Conv1D))
+    return packed + sum(cast_bytes(m, dtype) for m in others)
+
+
 def cast_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
     """Bytes of the copies in its dtype that autocast keeps of a model's trained matrices."""
     from transformers.pytorch_utils import Conv1D

@@ -16,7 +16,8 @@ from iqstar.planning.footprint import Footprint, Weights
 GIB = 2**30
 WHOLE_BLOCKS_MARGIN = 1.5
 """Free memory, in sizes of the blocks, above which ``sharding.whole_blocks`` gathers them all."""
-FREED = ("KV cache", "activations", "logits and their gradients", "buffers")
+PACKED = "packed matrices"
+FREED = ("KV cache", "activations", "logits and their gradients", "buffers", PACKED)
 """Parts that are given back when a phase ends."""
 BLOCKS_AT_ONCE = 2
 """Gathered blocks of a sharded model: the one that computes, and the next one on its way."""
@@ -81,6 +82,8 @@ def make_plan(run: Footprint, layout: Layout) -> Plan:
     copies = run.casts - gathered_casts(run, layout)
     casts = {"copies in autocast's dtype": copies}
     generating = {"copies in autocast's dtype": copies + run.head_casts}
+    if not layout.gpu:  # they lie where the gradients were
+        generating = {PACKED: max(run.packed - gradient_bytes(run, layout), 0)}
     computing = gathered(run, layout, whole=False)
     room = layout.memory - sum(always.values()) - sum(root_groups(run, layout).values())
     blocks = run.policy.blocks - gathered_casts(run, layout)
@@ -98,7 +101,7 @@ def make_plan(run: Footprint, layout: Layout) -> Plan:
         own = {"KV cache": run.rollout.cache, "activations": run.rollout.working}
         phases["rollout"] = {**generating, **sampling, **own}
     stored = {"frozen models' hidden states": run.stored}
-    seen = generating if run.rollout.cache else {}  # autocast keeps them until scoring is done
+    seen = generating if run.rollout.cache and layout.gpu else {}  # kept until scoring is done
     phases["scoring"] = {**seen, **computing, **stored, "activations": run.scoring}
     gradients = {"gradients": gradient_bytes(run, layout)}
     phases["update"] = {

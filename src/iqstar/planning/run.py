@@ -21,7 +21,7 @@ from iqstar.logprobs import entropy, kl_divergence
 from iqstar.mdp import TokenCredits, TokenSequences
 from iqstar.module import InverseQStar
 from iqstar.optim import parameter_groups
-from iqstar.planning.empty import TRUE, cast_bytes, empty_policy, weights_of
+from iqstar.planning.empty import TRUE, cast_bytes, empty_policy, packed_bytes, weights_of
 from iqstar.planning.footprint import Footprint, Generation, Weights, Workload
 from iqstar.planning.scorer import TracedScorer
 from iqstar.planning.tracing import Trace, fake_weights, without_memory
@@ -115,6 +115,7 @@ class _Tracer:
             step_buffers=step_buffers,
             head_casts=self.head_casts,
             casts=self.all_casts - self.head_casts,
+            packed=packed_bytes(actor.plain, self.dtype),
             rollout=rollout,
             evaluation=evaluation,
             evaluation_scoring=evaluation_scoring,
