@@ -1,8 +1,9 @@
 """Runs tests on other computing paths: no speed-up may change what they find.
 
 ``IQSTAR_PATHS=plain`` turns the optimisations off: nothing that rows share is read once, responses
-come from transformers' ``generate``, weights are cast at every product, layers are transformers'
-own. ``IQSTAR_PATHS=fast`` turns on what is off by default: the attention of the shipped configs.
+come from transformers' ``generate``, weights are cast at every product and never packed, layers are
+transformers' own. ``IQSTAR_PATHS=fast`` turns on what is off by default: the attention of the
+shipped configs.
 """
 
 from __future__ import annotations
@@ -30,4 +31,5 @@ def choose() -> None:
     if paths == "plain":
         decoding.fits = lambda *_: False
         policy.casts_kept = lambda *_: nullcontext()
+        policy.weights_packed = lambda *_: nullcontext()
         loading.keep_less = lambda _: None

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cli_tools import changed, end, error_of, launch, tiny_config, write_config
+from iqstar.atomic import written_beside
 from iqstar.checkpoints import (
     is_complete,
     newest_checkpoint,
@@ -342,8 +343,42 @@ def test_the_newest_state_is_always_saved(tmp_path, tiny, checkpoint, bound):
     assert steps == [*best.get(next(iter(checkpoint)), []), 5]
 
 
-def test_no_checkpoint_where_none_is_wanted(tmp_path, tiny):
-    config = configure(tmp_path, tiny, checkpoint={"save_top_k": 0, "save_last": False})
+def test_an_export_that_fails_loses_no_step(tmp_path, tiny, monkeypatch, capsys):
+    """A run that measures nothing and saves at no step saves at its end, before the export."""
+
+    def full(*arguments, **options):
+        raise InputError("export: cannot write the folder (No space left on device)")
+
+    monkeypatch.setattr("iqstar.export_callback.export_policy", full)
+    settings = {"trainer__limit_val_batches": 0, "trainer__max_steps": 3}
+    config = configure(tmp_path, tiny, checkpoint={}, **settings)
+    assert main(["fit", "--config", str(config)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert read_checkpoint(newest_checkpoint(tmp_path))["global_step"] == 3
+
+
+def test_a_folder_that_cannot_be_replaced_is_as_it_was(tmp_path, monkeypatch):
+    folder, own = tmp_path / "policy", Path.rename
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def rename(path, target):
+        if path.name == "policy.part":
+            raise OSError("Stale file handle")
+        return own(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="Stale"), written_beside(folder) as part:
+        part.mkdir()
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == [
+        "policy",
+        "policy/old",
+    ]
+
+
+@pytest.mark.parametrize("last", [{}, {"save_last": False}])
+def test_no_checkpoint_where_none_is_wanted(tmp_path, tiny, last):
+    config = configure(tmp_path, tiny, checkpoint={"save_top_k": 0, **last})
     assert main(["fit", "--config", str(config)]) == 0
     assert newest_checkpoint(tmp_path) is None
 

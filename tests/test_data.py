@@ -16,6 +16,7 @@ from iqstar.data.hh_rlhf import parse_dialogue
 from iqstar.data.reading import find_files, read_file
 from iqstar.data.turns import make_prompt, split_key
 from iqstar.errors import InputError
+from iqstar.evaluation import in_order
 from iqstar.mdp import Message, Prompt, PromptBatch
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -303,6 +304,9 @@ def test_evaluation_shards_evenly_without_duplicates(total, world_size, batch_si
     seen = [p for b in batches for p in b.prompts]
     assert set(seen) == set(prompts)
     assert len(seen) == total or total < world_size
+    shares = [[p for b in loader for p in b.prompts] for loader in loaders]
+    assert in_order(shares, 1)[:total] == prompts
+    assert in_order([[q for p in s for q in (p, p)] for s in shares], 2)[: 2 * total : 2] == prompts
     assert [b.last for b in loaders[0]] == [False] * (len(loaders[0]) - 1) + [True] * (total > 0)
     assert list(loaders[0]) == list(loaders[0])
 

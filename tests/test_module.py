@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from fitting import PROMPTS, SaveAt, ask, attach, copied, fit, make_module, same_bits, trained
-from iqstar.baselines import DPO
+from iqstar.baselines import DPO, GRPO
 from iqstar.callbacks import KLLimit
 from iqstar.checkpoints import AtomicCheckpointIO
 from iqstar.credit import Whiten
@@ -82,6 +82,19 @@ def test_a_rollout_is_not_taken_up_in_other_micro_batches(tiny, tmp_path):
         fit(second, PROMPTS, max_steps=2, ckpt_path=path, **more)
 
 
+def test_a_rollout_of_another_method_is_not_taken_up(tiny, tmp_path):
+    """What GRPO calls credit is no credit of Inverse-Q*; the weights have the same names."""
+    more = {"batch_size": 4, "plugins": [AtomicCheckpointIO()]}
+    path = tmp_path / "inside.ckpt"
+    shared = {"policy": PolicySpec(model=str(tiny)), "micro_batch_size": 4}
+    rollout = GenerateRollout(4, responses_per_prompt=2)
+    first = GRPO(reward=VaderJudge(), rollout=rollout, **shared)
+    fit(first, PROMPTS, max_steps=1, callbacks=[SaveAt(1, path)], **more)
+    second = make_module(tiny, micro_batch_size=4, rollout=rollout)
+    with pytest.raises(InputError, match=r"another method; give model\.class_path as that run had"):
+        fit(second, PROMPTS, max_steps=2, ckpt_path=path, **more)
+
+
 def test_a_rollout_of_another_loss_has_no_log_probs_of_its_weights(tiny, tmp_path):
     more = {"batch_size": 4, "plugins": [AtomicCheckpointIO()]}
     path = tmp_path / "inside.ckpt"
@@ -92,13 +105,14 @@ def test_a_rollout_of_another_loss_has_no_log_probs_of_its_weights(tiny, tmp_pat
         fit(second, PROMPTS, max_steps=2, ckpt_path=path, **more)
 
 
-def test_a_loss_cannot_take_the_name_of_a_curve(tiny):
+@pytest.mark.parametrize("name", ["kl", "samples"])
+def test_a_loss_cannot_take_the_name_of_a_curve(tiny, name):
     class Named(RewardImitationLoss):
         def per_token(self, logits, tokens, target):
             losses, _ = super().per_token(logits, tokens, target)
-            return losses, {"kl": losses.detach()}
+            return losses, {name: losses.detach()}
 
-    with pytest.raises(InputError, match="Named measures kl, but curves of every loss are called"):
+    with pytest.raises(InputError, match=f"Named measures {name}, but curves of every loss"):
         fit(make_module(tiny, loss=Named()), PROMPTS, max_steps=1)
 
 
@@ -164,6 +178,13 @@ def test_kl_limit_stops_a_run(tiny, tmp_path):
     run = trainer(tmp_path, max_steps=50, callbacks=[limit], enable_checkpointing=False)
     run.fit(module, data())
     assert 2 <= run.global_step < 50
+    run.save_checkpoint(tmp_path / "stopped.ckpt")
+
+    again = build(tiny, optimizer=lambda groups: fast(groups, lr=30.0))
+    limit = KLLimit(limit=1e-4, steps=2)
+    more = trainer(tmp_path, max_steps=50, callbacks=[limit], enable_checkpointing=False)
+    more.fit(again, data(), ckpt_path=tmp_path / "stopped.ckpt")
+    assert more.global_step == run.global_step  # a run that was stopped stays so
 
 
 def test_models_are_loaded_in_main_memory(tiny):
@@ -254,15 +275,14 @@ def test_a_run_goes_on_with_another_judge(tiny, judge, score, kept):
 
 
 def test_a_summary_prints_any_text(tiny, capsys):
-    """Also what looks like rich's markup, and evaluations of other numbers of responses."""
+    """Also what looks like rich's markup."""
     module = make_module(tiny, judge=VaderJudge(), eval_samples=1)
     own, texts = VaderJudge().identity, [r"use \[/b] or [/INST]", r"\[x = 5\]"]
-    for before in (texts, texts[:1]):
-        ends = {"before": judged(0, 0.1, own, before), "after": judged(5, 0.6, own, texts)}
-        rest = {"optimizer_steps": 5, "seconds": 1.0, "policy": None}
-        print_summary(summarize(module, ends) | rest, ends, 2, 1)
-        shown = capsys.readouterr().out
-        assert all((text in shown) == (before is texts) for text in texts)
+    ends = {"before": judged(0, 0.1, own, texts), "after": judged(5, 0.6, own, texts)}
+    rest = {"optimizer_steps": 5, "seconds": 1.0, "policy": None}
+    print_summary(summarize(module, ends) | rest, ends, 2, 1)
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in texts)
 
 
 def test_a_limit_that_ends_an_epoch_ends_the_accumulation_window(tiny):

@@ -13,16 +13,19 @@ from cli_tools import write_prompts
 from iqstar import decoding
 from iqstar.adapters import LoRASpec
 from iqstar.cli import main
+from iqstar.data import EvalBatches, Sample
 from iqstar.estimators import ContrastiveEstimator, NullEstimator
 from iqstar.losses import RewardImitationLoss
+from iqstar.mdp import Message, Prompt
 from iqstar.module import InverseQStar
 from iqstar.planning.empty import cast_bytes, empty_policy, weights_of
 from iqstar.planning.footprint import Footprint, Generation, Weights, Workload
 from iqstar.planning.memory import GIB, Layout, make_plan
-from iqstar.planning.reading import read_architecture
+from iqstar.planning.reading import read_architecture, workload
 from iqstar.planning.run import trace_run
 from iqstar.planning.tracing import Trace, fake_weights, without_memory
 from iqstar.policy import CausalLM, PolicySpec
+from iqstar.refresh import EMARefresh
 from tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -40,10 +43,13 @@ WORK = Workload(
 
 
 def trace(
-    work=WORK, precision="32-true", estimator=None, loss=None, device="cpu", **spec
+    work=WORK, precision="32-true", estimator=None, loss=None, device="cpu", refresh=None, **spec
 ) -> Footprint:
     module = InverseQStar(
-        policy=PolicySpec(**spec), estimator=estimator or NullEstimator(), loss=loss
+        policy=PolicySpec(**spec),
+        estimator=estimator or NullEstimator(),
+        loss=loss,
+        refresh=refresh,
     )
     return trace_run(module, tiny_model().config, {}, work, precision, device)
 
@@ -109,6 +115,32 @@ def test_bf16_halves_the_references_matrices_only():
     assert found.head_casts == 2 * tiny_model().lm_head.weight.numel()
     assert found.packed == found.casts + found.head_casts
     assert trace().packed == 2 * found.packed  # float32 is packed as it is
+
+
+def test_a_reference_that_moves_is_held_in_full_and_twice_where_roles_part():
+    plain = trace(precision="bf16-mixed")
+    both = trace(precision="bf16-mixed", refresh=EMARefresh())
+    apart = trace(precision="bf16-mixed", refresh=EMARefresh(of="estimator"))
+    assert plain.frozen["reference"].total < both.frozen["reference"].total == both.policy.total
+    assert apart.frozen == {**both.frozen, "estimator's copy": both.frozen["reference"]}
+
+
+@pytest.mark.parametrize(
+    ("held_out", "at_once", "devices", "rows"),
+    [(48, 32, 1, 24), (48, 32, 8, 6), (5, 2, 2, 2), (0, 8, 1, 0), (None, 8, 4, 8)],
+)
+def test_evaluations_are_cut_evenly_over_devices(held_out, at_once, devices, rows):
+    """As the data's own batches are; all prompts held out are more than one batch."""
+    module = InverseQStar(policy=PolicySpec(), estimator=NullEstimator(), eval_samples=3)
+    data = Sample(val_prompts=held_out, eval_batch_size=at_once)
+    found = workload(module, data, 10, accumulate=1, devices=devices)
+    assert found.evaluated_rows == 3 * rows
+    if held_out:
+        prompts = [
+            Prompt(messages=(Message(role="user", content=str(n)),)) for n in range(held_out)
+        ]
+        loaders = [EvalBatches(prompts, at_once, rank, devices) for rank in range(devices)]
+        assert rows == max(len(b.prompts) for loader in loaders for b in loader)
 
 
 def test_adapters_are_peft_s():
@@ -393,7 +425,7 @@ def test_models_of_the_estimators_own(tmp_path, tiny, capsys):
         (["--architecture", "nowhere.json"], "--architecture: nowhere.json does not exist"),
         (["--architecture", "pyproject.toml"], "is no config.json of a model"),
         (["--trainer.strategy", "deepspeed"], "iqstar plan knows auto, ddp, fsdp"),
-        (["--trainer.precision", "16-mixed"], "iqstar plan knows 32-true, bf16-mixed"),
+        (["--trainer.precision", "16-mixed"], "plan knows 32-true, bf16-mixed"),
         (["--trainer.accelerator", "tpu"], "iqstar plan knows cpu and gpu"),
         (["--model.policy.model", "no such model"], "model.policy.model: 'no such model'"),
         (["--trainer.devices", "two"], "trainer.devices: 'two' is no number of devices"),

@@ -14,7 +14,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
 from fitting import LORA, PROMPTS, SaveAt, ask, copied, fit, make_module, same_bits, trained
-from iqstar.checkpoints import AtomicCheckpointIO, is_sharded_checkpoint, read_checkpoint
+from iqstar.checkpoints import (
+    AtomicCheckpointIO,
+    is_sharded_checkpoint,
+    read_checkpoint,
+    weight_names,
+)
 from iqstar.errors import InputError
 from iqstar.losses import TokenPolicyGradientLoss
 from iqstar.optim import WarmupCosine
@@ -186,6 +191,7 @@ def test_every_kind_holds_the_same(paired, kind):
     out, _ = paired
     files = [read_checkpoint(out / f"{kind}, {name}.ckpt") for name in STRATEGIES]
     names = set(files[0]["state_dict"])
+    assert weight_names(out / f"{kind}, fsdp.ckpt") == names
     for file in files:
         assert set(file["state_dict"]) == names
         moments = file["optimizer_states"][0]["state"]

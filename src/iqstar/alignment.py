@@ -215,6 +215,11 @@ class AlignmentModule(TrainedModule):
 
     def _restore_rollout(self, state: dict[str, Any]) -> None:
         """The rollout that a checkpoint was made in; frozen models score it once more."""
+        if any(set(saved) != set(self.kept) for saved in state["kept"]):
+            raise InputError(
+                "--ckpt_path: the checkpoint was made inside a rollout of another method; give "
+                "model.class_path as that run had it, or take a checkpoint between two rollouts"
+            )
         self._buffer_seed = state["seed"]
         rollout = rollout_from(state, self.chat.pad_id, self.device)
         parts = self.assign(rollout, self._buffer_seed, resuming=True)

@@ -40,7 +40,11 @@ def publish(part: Path, path: Path) -> None:
         old = path.with_name(path.name + ".old" + PART)
         remove(old)
         path.rename(old)
-        part.rename(path)
+        try:
+            part.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
         remove(old)
     else:
         os.replace(part, path)

@@ -91,6 +91,7 @@ class KLLimit(Callback):
                 "this run trains on others; leave kl.limit out, and see val/kl"
             )
         self._step = trainer.global_step
+        self._stop_if_far(trainer)  # a run that it stopped stays stopped
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -100,8 +101,13 @@ class KLLimit(Callback):
             return
         self._step = trainer.global_step
         self._recent.append(float(trainer.callback_metrics["train/kl"]))
+        self._stop_if_far(trainer)
+
+    def _stop_if_far(self, trainer: Trainer) -> None:
+        if self.limit is None or len(self._recent) < (self._recent.maxlen or 0):
+            return
         mean = sum(self._recent) / len(self._recent)
-        if len(self._recent) == self._recent.maxlen and mean > self.limit:
+        if mean > self.limit:
             rank_zero_info(f"Stopping: train/kl is {mean:.3f}, above kl.limit={self.limit}")
             trainer.should_stop = True
 

@@ -169,6 +169,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return dict(torch.load(folder / META, map_location="cpu", weights_only=True))
 
 
+def weight_names(folder: Path) -> set[str]:
+    """Names of the weights in a sharded checkpoint."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    names, prefix = FileSystemReader(folder).read_metadata().state_dict_metadata, "state_dict."
+    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
+
 def _assembled(folder: Path, optimizer: bool) -> dict[str, Any]:
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner

@@ -89,6 +89,10 @@ def score_sums(scores: Float[Tensor, " batch"]) -> dict[str, tuple[Tensor, Tenso
     }
 
 
+OF_ALL = ("credit_std", "objective", "grad_norm", "samples", "tokens_per_second")
+"""Further curves of every step."""
+
+
 def window_curves(means: dict[str, Tensor], beta_power: int, beta: float) -> dict[str, Tensor]:
     """The curves of an optimiser step, from the means over its window.
 

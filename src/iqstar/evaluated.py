@@ -10,7 +10,13 @@ from typing import Any
 from lightning import LightningModule
 
 from iqstar.engine import RolloutEngine
-from iqstar.evaluation import Evaluation, Sample, evaluation_metrics, sample_and_score
+from iqstar.evaluation import (
+    Evaluation,
+    Sample,
+    evaluation_metrics,
+    in_order,
+    sample_and_score,
+)
 from iqstar.judges import Judge
 from iqstar.judges.base import check_named
 from iqstar.mdp import PromptBatch
@@ -108,7 +114,7 @@ class EvaluatedModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Gathers the evaluation over ranks, keeps and logs it; before training, as step 0."""
-        samples = [sample for part in gather(self._val_samples) for sample in part]
+        samples = in_order(gather(self._val_samples), self.eval_samples)
         if not samples:
             return
         metrics = evaluation_metrics(samples, self.val_means.compute(), self.judge is not None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,7 @@ from iqstar.ranks import even_spans
 from iqstar.rollouts import GenerateRollout, RolloutEngine
 from iqstar.scoring import pack_prompts
 
+T = TypeVar("T")
 SCORED_ROWS = 32
 """Rows scored in one forward pass."""
 
@@ -65,6 +67,19 @@ class Evaluation:
     sampled: int = 0
     seconds: float = 0.0
     judge: str | None = None
+
+
+def in_order(parts: Sequence[Sequence[T]], per_prompt: int) -> list[T]:
+    """The responses of all ranks in the order of the held-out prompts.
+
+    Args:
+        parts: Those of each rank; the ranks share the prompts out one by one
+            (:class:`iqstar.data.loader.EvalBatches`).
+        per_prompt: Responses to each prompt, which stand side by side.
+    """
+    longest = max(map(len, parts))
+    starts = range(0, longest, per_prompt)
+    return [s for start in starts for part in parts for s in part[start : start + per_prompt]]
 
 
 def sample_and_score(

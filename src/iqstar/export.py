@@ -56,9 +56,11 @@ def export_policy(
     """
     check_shard_size(max_shard_size, "max_shard_size")
     model, chat = policy.actor.model, policy.actor.chat
-    written = _cast(model.state_dict() if weights is None else weights, dtype)
+    adapted = hasattr(model, "peft_config")
+    held = model.state_dict() if weights is None else weights
+    written = _cast({n: w for n, w in held.items() if not adapted or "lora_" in n}, dtype)
     with _whole_folder(folder) as part, quiet_transformers(bars=False):
-        if hasattr(model, "peft_config"):
+        if adapted:
             # Its test for a resized embedding would look the base model up on the hub.
             model.save_pretrained(part, state_dict=written, save_embedding_layers=False)
             edit_json(part / "adapter_config.json", **base_model(policy.spec))
@@ -120,7 +122,7 @@ def _cast(weights: Mapping[str, Tensor], dtype: Dtype | None) -> dict[str, Tenso
     if dtype is None:
         return dict(weights)
     kind = getattr(torch, dtype)
-    return {n: w.to(kind) if w.is_floating_point() else w for n, w in weights.items()}
+    return {n: w.to("cpu", kind) if w.is_floating_point() else w for n, w in weights.items()}
 
 
 def untie(weights: dict[str, Tensor], tied: Mapping[str, str]) -> None:

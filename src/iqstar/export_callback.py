@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from iqstar.alignment import AlignmentModule
 from iqstar.atomic import remove
 from iqstar.card import RunRecord, model_card, settings_of
+from iqstar.checkpoint_callback import save_newest
 from iqstar.export import SHARD_SIZE, Dtype, check_replaceable, check_shard_size, export_policy
 from iqstar.run_folder import run_folder
 from iqstar.sharding import full_state_dict, is_sharded
@@ -63,7 +64,11 @@ class Export(Callback):
         self._follow_checkpoints(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exports the policy; every rank takes part, the first one writes."""
+        """Exports the policy; every rank takes part, the first one writes.
+
+        What training has left is saved before, so that a failure loses nothing.
+        """
+        save_newest(trainer)
         if self.at_end:
             self._export(trainer, pl_module, run_folder(trainer) / FOLDER)
 

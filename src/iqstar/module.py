@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from iqstar.alignment import AlignmentModule
 from iqstar.assignment import MicroBatch, assign_credit
 from iqstar.credit import CreditTransform
-from iqstar.curves import TRAIN_MEANS, token_metrics
+from iqstar.curves import OF_ALL, TRAIN_MEANS, token_metrics
 from iqstar.errors import InputError
 from iqstar.estimators import OptimalPolicyEstimator
 from iqstar.estimators.principle import ToldEstimator
@@ -171,7 +171,7 @@ class InverseQStar(AlignmentModule):
         ) -> tuple[Tensor, dict[str, Tensor]]:
             tokens = micro.tokens[index]
             losses, metrics = self.loss.per_token(logits, tokens, target)
-            if taken := metrics.keys() & set(TRAIN_MEANS):
+            if taken := metrics.keys() & {*TRAIN_MEANS, *OF_ALL}:
                 raise InputError(
                     f"model.loss: {type(self.loss).__name__} measures {', '.join(sorted(taken))}, "
                     "but curves of every loss are called so; give it another name"

@@ -22,8 +22,8 @@ def weights_packed(model: nn.Module, rows: int) -> Iterator[None]:
     """Packs the matrices of a model's linear layers, for products without gradient.
 
     Only on CPUs, in float32 and bfloat16, and where PyTorch has oneDNN; elsewhere nothing changes.
-    Under autocast the packed copies stand in for those that it would make; else they take as much
-    memory as the matrices. They are given up at the end. Results differ by rounding.
+    Under autocast the packed copies stand in for those that it makes of float32 weights; else they
+    take as much memory as the matrices. They are given up at the end. Results differ by rounding.
 
     Args:
         model: Its weights must not change meanwhile.

@@ -70,7 +70,8 @@ def shard(
     for block in transformer_blocks(model):
         gathered += _bytes(block)
         if dtype is not None and (matrices := _trained_matrices(block)):
-            gathered -= sum(_bytes(m) for m in matrices) * (4 - dtype.itemsize) // 4
+            weights = [p for m in matrices for p in m.parameters()]
+            gathered -= sum(p.numel() * max(p.itemsize - dtype.itemsize, 0) for p in weights)
             mixed = MixedPrecisionPolicy(
                 param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )

@@ -33,6 +33,7 @@ from iqstar.checkpoints import (
     numbered,
     read_checkpoint,
     read_meta,
+    weight_names,
     whole_or_nothing,
 )
 from iqstar.errors import InputError
@@ -141,6 +142,8 @@ class ShardedStrategy(ModelParallelStrategy):
             self._distribute(checkpoint)
             return checkpoint
         self.lightning_module.on_load_checkpoint(read_meta(path))
+        if (check := getattr(self.lightning_module, "check_weights", None)) is not None:
+            check(weight_names(path))  # loading would pass over what the model lacks
         try:
             return super().load_checkpoint(path, weights_only=True)
         except (CheckpointException, RuntimeError, KeyError, ValueError) as error:

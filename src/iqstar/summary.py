@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.table import Table
 
 from iqstar.alignment import AlignmentModule
 from iqstar.atomic import written_beside
-from iqstar.evaluation import Evaluation, Sample
+from iqstar.evaluation import Evaluation
 from iqstar.export_callback import FOLDER, Export
 from iqstar.judges import Judge
 from iqstar.run_folder import run_folder
@@ -199,7 +200,8 @@ def print_summary(
     console.print()
     console.print(table)
     if len(ends) == 2:
-        for first, last in _sides(ends)[::per_prompt][:examples]:
+        sides = zip(ends["before"].samples, ends["after"].samples, strict=True)
+        for first, last in islice(sides, 0, examples * per_prompt, per_prompt):
             console.print(f"\n[bold]{_escaped(first.prompt)}[/bold]")
             console.print(f"[dim]before[/dim] {_escaped(first.response)}")
             console.print(f"[dim]after [/dim] {_escaped(last.response)}")
@@ -209,13 +211,6 @@ def print_summary(
     )
     if summary["policy"]:
         console.print(f"Trained model: {summary['policy']}", soft_wrap=True, markup=False)
-
-
-def _sides(ends: Mapping[str, Evaluation]) -> list[tuple[Sample, Sample]]:
-    """Responses before and after; none where a resumed run evaluates on other prompts."""
-    before, after = ends["before"].samples, ends["after"].samples
-    same = [s.prompt for s in before] == [s.prompt for s in after]
-    return list(zip(before, after, strict=True)) if same else []
 
 
 def _shown(value: float | None) -> str:

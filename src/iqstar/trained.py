@@ -226,7 +226,7 @@ class TrainedModule(EvaluatedModule, ABC):
         """Checks that the checkpoint is one of this model, and takes up its records."""
         weights = checkpoint.get("state_dict")  # sharded ones are loaded and checked elsewhere
         if weights is not None:
-            self._check_weights(set(weights))
+            self.check_weights(set(weights))
         if (saved := checkpoint.get("iqstar")) is None:
             return
         check_same_frozen(saved["frozen"], frozen_fingerprints(self.policy, self.frozen_parts))
@@ -240,18 +240,27 @@ class TrainedModule(EvaluatedModule, ABC):
         if len(saved["ranks"]) == self.trainer.world_size:
             self._resumed = saved["ranks"][self.global_rank]
 
-    def _check_weights(self, saved: set[str]) -> None:
+    def check_weights(self, saved: set[str]) -> None:
+        """Refuses a checkpoint with weights of another model, or of other parts of it.
+
+        Args:
+            saved: Their names.
+
+        Raises:
+            InputError: If some are missing, or would be lost.
+        """
         own = set(self.state_dict())
         moved = {n for n, p in self.named_parameters() if n in own and not p.requires_grad}
         if missing := own - saved - moved:
             raise InputError(
                 f"--ckpt_path: the checkpoint lacks {len(missing)} trained weights, {min(missing)} "
-                "among them; it belongs to another model or another model.policy.lora"
+                "among them; it belongs to another model, another model.policy.lora or another "
+                "method (model.class_path)"
             )
         for names, what in ((moved - saved, "lacks"), (saved - own, "has")):
             if names:
                 raise InputError(
                     f"--ckpt_path: the checkpoint {what} weights of a model beside the policy that "
-                    f"training changes, {min(names)} among them; give model.refresh as that run "
-                    "had it"
+                    f"training changes, {min(names)} among them; give model.class_path, and "
+                    "model.refresh or model.separate_value_model, as that run had them"
                 )

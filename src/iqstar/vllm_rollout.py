@@ -18,6 +18,7 @@ from iqstar.policy import CausalLM, Policy
 from iqstar.pretrained import resolve_model
 from iqstar.ranks import gather, world_size
 from iqstar.rollouts import _ended, rollout_seed
+from iqstar.sharding import is_sharded
 from iqstar.vllm_engines import KEY, Engine, InProcess, Request, Response, Server
 from iqstar.vllm_worker import SHAPE
 from iqstar.weight_files import effective_weights, weight_folder
@@ -179,9 +180,12 @@ class VLLMRollout(RolloutEngine):
         engine = self.connect(policy)
         started = time.perf_counter()
         gather(None)  # until every rank has what it asked of the old weights
-        weights = effective_weights(policy.actor)
+        first = not distributed.is_initialized() or distributed.get_rank() == 0
+        # Sharded weights are gathered from all ranks; else the others have nothing to do.
+        needed = first or is_sharded(policy.actor)
+        weights = effective_weights(policy.actor) if needed else {}
         failure = None
-        if not distributed.is_initialized() or distributed.get_rank() == 0:
+        if first:
             where = self.transfer_folder, f"{KEY}.transfer_folder"
             try:
                 with weight_folder(policy.actor, weights, self._served["dtype"], *where) as folder:

@@ -26,8 +26,8 @@ _MEMORY = Path("/dev/shm")
 def effective_weights(actor: CausalLM) -> dict[str, Tensor]:
     """What the policy computes with, by the names of the plain model; the policy is left alone.
 
-    Adapters are merged: W + scale · B A, the sum in float32. Sharded weights are gathered in main
-    memory, on rank 0; other ranks get nothing, and must call this all the same.
+    Adapters are merged: W + scale · B A, the sum in float32, kept in main memory. Sharded weights
+    are gathered there, on rank 0; other ranks get nothing, and must call this all the same.
 
     Raises:
         InputError: If there are adapters on other than linear layers.
@@ -45,7 +45,9 @@ def _merged(weights: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
     for name, tensor in weights.items():
         owner, is_base, kind = name.partition(".base_layer.")
         if is_base and kind == "weight":
-            merged[f"{owner}.weight"] = tensor.float() + _delta(weights, owner, layers[owner])
+            merged[f"{owner}.weight"] = (
+                tensor.float() + _delta(weights, owner, layers[owner])
+            ).cpu()
         elif is_base:
             merged[f"{owner}.{kind}"] = tensor
         elif ".lora_" not in name:
@@ -68,13 +70,13 @@ def _delta(weights: Mapping[str, Tensor], owner: str, layer: Any) -> Tensor:
 
 @contextmanager
 def weight_folder(
-    actor: CausalLM, weights: Mapping[str, Tensor], dtype: Dtype, parent: str | None, key: str
+    actor: CausalLM, weights: dict[str, Tensor], dtype: Dtype, parent: str | None, key: str
 ) -> Iterator[Path]:
     """A folder with weights in Hugging Face format, which is gone at the end of the block.
 
     Args:
         actor: The policy.
-        weights: Its effective weights.
+        weights: Its effective weights; they are given up when they have been written.
         dtype: In which they are written.
         parent: Where; None for shared memory (``/dev/shm``) if it has room, else the temporary
             folder.
@@ -98,6 +100,7 @@ def weight_folder(
         except (OSError, SafetensorError) as error:
             raise _cannot_write(key, parent, error) from error
         written.clear()
+        weights.clear()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -139,7 +139,8 @@ class PPO(RewardedModule):
         tokens, mask = part.tokens, part.rollout.response_mask
         assert tokens.behaviour is not None
         assert part.scores is not None
-        values = self.value_head(self.actor.hidden(part.sequences), part.sequences)
+        hidden = None if self.separate_value_model else self.actor.hidden(part.sequences)
+        values = self.value_head(hidden, part.sequences)
         padded = torch.zeros(mask.shape, dtype=values.dtype, device=mask.device)
         rewards = penalised_rewards(
             part.scores.nan_to_num().to(values),

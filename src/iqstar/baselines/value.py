@@ -40,16 +40,18 @@ class ValueHead(nn.Module):
                 output.requires_grad_(False)  # its logits are never asked for
 
     def forward(
-        self, hidden: Float[Tensor, "tokens dim"], sequences: TokenSequences
+        self, hidden: Float[Tensor, "tokens dim"] | None, sequences: TokenSequences
     ) -> Float[Tensor, " tokens"]:
         """The values, in float32 (float64 for a float64 model), also under autocast.
 
         Args:
-            hidden: The policy's states that predict the response tokens.
+            hidden: The policy's states that predict the response tokens; a trunk of its own
+                needs none.
             sequences: What they were computed from.
         """
         if self.trunk is not None:
             hidden = self.trunk.hidden(sequences)
+        assert hidden is not None
         with torch.autocast(hidden.device.type, enabled=False):
             weight, bias = self.linear.weight, self.linear.bias  # in 16 bits under bf16-true
             dtype = torch.promote_types(weight.dtype, torch.float32)

@@ -42,6 +42,8 @@ Settings are those of iqstar fit. Further options:
   --architecture FILE    a config.json to use for the policy where the hub cannot be asked
   --json                 print one JSON object
 """
+ALIASES = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}
+"""Lightning's other names of precisions."""
 OPTIONS = ("memory", "devices", "prompt_tokens", "architecture", "json")
 
 
@@ -113,11 +115,13 @@ def plan_run(cli: PlanCLI) -> dict[str, Any]:
         options.prompt_tokens,
         trainer.accumulate_grad_batches,
         evaluates=trainer.limit_val_batches != 0,
+        devices=devices.devices,
     )
-    precision = trainer.precision or default_precision("gpu" if devices.gpu else "cpu")
+    precision = str(trainer.precision or default_precision("gpu" if devices.gpu else "cpu"))
+    precision = ALIASES.get(precision, precision)
     policy, own_models = architectures(cli.model, options.architecture)
     device = "cuda" if devices.gpu else "cpu"
-    run = trace_run(cli.model, policy, own_models, work, str(precision), device)
+    run = trace_run(cli.model, policy, own_models, work, precision, device)
     if not devices.gpu:  # after tracing, which loads about what a run does
         devices = replace(devices, libraries=resident())
     plan = make_plan(run, devices)
@@ -126,7 +130,7 @@ def plan_run(cli: PlanCLI) -> dict[str, Any]:
         "model": cli.model.spec.model,
         "parameters": run.parameters,
         "trained": run.trained,
-        "precision": str(precision),
+        "precision": precision,
         "devices": devices.devices,
         "strategy": devices.strategy,
         "memory_bytes": plan.memory,

@@ -31,9 +31,21 @@ class _Vocabulary(ChatFormat):
 
 
 def empty_policy(
-    spec: PolicySpec, config: PretrainedConfig, precision: str, reference: bool = True
+    spec: PolicySpec,
+    config: PretrainedConfig,
+    precision: str,
+    reference: bool = True,
+    held: str | None = None,
 ) -> Policy:
-    """A policy and, where it is kept, its reference, on the meta device."""
+    """A policy and, where it is kept, its reference, on the meta device.
+
+    Args:
+        spec: How it is loaded.
+        config: Its architecture.
+        precision: The trainer's.
+        reference: Whether there is one.
+        held: In which precision that is held, if not in the trainer's.
+    """
     from transformers import AutoModelForCausalLM
 
     if spec.attn_implementation == attention.NAME:
@@ -50,7 +62,7 @@ def empty_policy(
         raise InputError(f"model.policy: the model cannot be built: {error}") from error
     chat = _Vocabulary(config.get_text_config().vocab_size)
     with torch.device("meta"):
-        policy = make_policy(CausalLM(model, chat), spec, precision, reference)
+        policy = make_policy(CausalLM(model, chat), spec, held or precision, reference)
     for lm in (policy.actor, policy.frozen):
         if lm is not None and precision in TRUE:
             lm.to(TRUE[precision])

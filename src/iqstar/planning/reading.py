@@ -39,6 +39,7 @@ def workload(
     prompt_tokens: int | None,
     accumulate: int,
     evaluates: bool = True,
+    devices: int = 1,
 ) -> Workload:
     """What each device does, with prompts and responses at their longest.
 
@@ -48,6 +49,7 @@ def workload(
         prompt_tokens: Length of the prompts; None for ``data.max_prompt_tokens``.
         accumulate: Micro-batches of an optimiser step.
         evaluates: Whether the run measures anything on held-out prompts.
+        devices: That share the held-out prompts.
 
     Raises:
         InputError: If the length of the prompts is not bounded, or a setting of the data is none.
@@ -63,8 +65,11 @@ def workload(
     rows = data.batch_size * rollout.responses_per_prompt
     at_once = rollout.batch_size or sys.maxsize
     held_out = heldout_size(data.val_prompts)
-    at_evaluation = data.eval_batch_size if held_out is None else held_out
-    evaluated = min(data.eval_batch_size, at_evaluation) * module.eval_samples * evaluates
+    prompts = data.eval_batch_size
+    if held_out is not None:  # as EvalBatches cuts them
+        batches = max(-(-held_out // (devices * data.eval_batch_size)), 1)
+        prompts = -(-held_out // (devices * batches))
+    evaluated = prompts * module.eval_samples * evaluates
     micro = min(module.micro_batch_size or rows, rows)
     return Workload(
         prompt_tokens=tokens,

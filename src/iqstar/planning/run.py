@@ -53,12 +53,14 @@ def trace_run(
     Raises:
         InputError: If the architecture or the precision is not supported.
     """
-    if precision not in ("32-true", *AUTOCAST, *TRUE):
-        known = ", ".join(("32-true", *AUTOCAST, *TRUE))
-        raise InputError(f"trainer.precision: iqstar plan knows {known}; got {precision}")
+    if precision not in (known := ("32-true", *AUTOCAST, *TRUE)):
+        raise InputError(f"trainer.precision: plan knows {', '.join(known)}; got {precision}")
     reference = not module.rollout.credits_known or workload.evaluated_rows > 0
-    policy = empty_policy(module.spec, config, precision, reference)
-    frozen = {} if policy.frozen is None else {"reference": weights_of(policy.frozen)}
+    held = module.frozen_precision(precision)
+    policy = empty_policy(module.spec, config, precision, reference, held)
+    apart = module.refresh is not None and module.refresh.of != "both"
+    roles = ("reference", "estimator's copy") if apart else ("reference",)
+    frozen = {} if policy.frozen is None else dict.fromkeys(roles, weights_of(policy.frozen))
     for name, other in own_models.items():
         model = empty_policy(module.spec.beside(name), other, precision).frozen
         assert model is not None
