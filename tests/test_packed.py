@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from iqstar.packed import weights_packed
+from iqstar.packed import _served, weights_packed
 from iqstar.sampling import CategoricalSampler, uniform_numbers
 from test_policy import load
 from tiny import tiny_model
@@ -14,9 +14,7 @@ BF16 = torch.bfloat16
 served = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN"
 )
-served_bf16 = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here"
-)
+served_bf16 = pytest.mark.skipif(not _served(BF16), reason="oneDNN has no bfloat16 here")
 
 
 def layer_of(dtype=torch.float32, bias=True):

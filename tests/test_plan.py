@@ -127,7 +127,7 @@ def test_a_reference_that_moves_is_held_in_full_and_twice_where_roles_part():
 
 @pytest.mark.parametrize(
     ("held_out", "at_once", "devices", "rows"),
-    [(48, 32, 1, 24), (48, 32, 8, 6), (5, 2, 2, 2), (0, 8, 1, 0), (None, 8, 4, 8)],
+    [(48, 32, 1, 24), (48, 32, 8, 6), (5, 2, 2, 2), (5, 1, 2, 2), (0, 8, 1, 0), (None, 8, 4, 8)],
 )
 def test_evaluations_are_cut_evenly_over_devices(held_out, at_once, devices, rows):
     """As the data's own batches are; all prompts held out are more than one batch."""

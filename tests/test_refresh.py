@@ -115,7 +115,7 @@ def test_a_renewal_can_neither_begin_nor_end_at_a_resume(tiny, tmp_path, before)
     moving, plain = make_module(tiny, refresh=EMARefresh()), make_module(tiny)
     first, second = (moving, plain) if before else (plain, moving)
     fit(first, PROMPTS, max_steps=2, callbacks=[SaveAt(1, path)], **more)
-    with pytest.raises(InputError, match=r"frozen.*give model\.refresh as that run"):
+    with pytest.raises(InputError, match=r"frozen.*model\.refresh or .* as that run had them"):
         fit(second, PROMPTS, max_steps=2, ckpt_path=path, **more)
 
 

@@ -6,6 +6,7 @@ of the second rollout.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +184,21 @@ def test_checkpoints_are_of_the_kind_asked_for(paired):
     assert (out / "full, fsdp, one file.ckpt").is_file()
     assert (out / "full, ddp.ckpt").is_file()
     assert list(out.glob("*.part")) == []
+
+
+def test_a_sharded_checkpoint_is_checked_before_it_is_loaded(paired):
+    """Loading a folder would pass over weights that the model lacks."""
+
+    def refuse(names):
+        assert names == set(read_checkpoint(paired[0] / "full, ddp.ckpt")["state_dict"])
+        raise InputError("of another method")
+
+    strategy = STRATEGIES["fsdp"]()
+    strategy._lightning_module = SimpleNamespace(
+        on_load_checkpoint=lambda checkpoint: None, check_weights=refuse
+    )
+    with pytest.raises(InputError, match="of another method"):
+        strategy.load_checkpoint(paired[0] / "full, fsdp.ckpt")
 
 
 @pytest.mark.parametrize("kind", POLICIES)

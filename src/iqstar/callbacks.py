@@ -69,14 +69,16 @@ class KLLimit(Callback):
         self.limit = limit
         self._recent: deque[float] = deque(maxlen=steps)
         self._step = 0
+        self._stopped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps that are averaged."""
-        return {"recent": list(self._recent)}
+        """The steps that are averaged, and whether they stopped the run."""
+        return {"recent": list(self._recent), "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the steps of a checkpoint."""
         self._recent.extend(state_dict["recent"])
+        self._stopped = state_dict.get("stopped", False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes note of the step that a resumed run starts from.
@@ -91,7 +93,8 @@ class KLLimit(Callback):
                 "this run trains on others; leave kl.limit out, and see val/kl"
             )
         self._step = trainer.global_step
-        self._stop_if_far(trainer)  # a run that it stopped stays stopped
+        if self._stopped:  # it stays so, unless the limit is a higher one now
+            self._stop_if_far(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -109,7 +112,7 @@ class KLLimit(Callback):
         mean = sum(self._recent) / len(self._recent)
         if mean > self.limit:
             rank_zero_info(f"Stopping: train/kl is {mean:.3f}, above kl.limit={self.limit}")
-            trainer.should_stop = True
+            trainer.should_stop = self._stopped = True
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -12,8 +12,8 @@ class RunCheckpoint(ModelCheckpoint):
     ``monitor`` keeps the best only; ``every_n_train_steps`` and ``train_time_interval`` leave out
     the last steps. A run that goes on from such a checkpoint loses steps. So what held-out prompts
     were measured on, and what the last step left, is saved in any case, as ``newest-STEP.ckpt``,
-    one at a time. ``save_top_k: 0`` saves nothing, unless ``save_last: true`` asks for the last
-    state.
+    one at a time. ``save_top_k: 0`` saves nothing, or with ``save_last: true`` what Lightning saves
+    then.
     """
 
     _newest = ""

@@ -170,10 +170,21 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def weight_names(folder: Path) -> set[str]:
-    """Names of the weights in a sharded checkpoint."""
+    """Names of the weights in a sharded checkpoint.
+
+    Raises:
+        InputError: If they cannot be read.
+    """
     from torch.distributed.checkpoint import FileSystemReader
 
-    names, prefix = FileSystemReader(folder).read_metadata().state_dict_metadata, "state_dict."
+    try:
+        names = FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever unpickling damaged bytes ends in
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"--ckpt_path: {folder} cannot be read ({reason}); give another"
+        ) from error
+    prefix = "state_dict."
     return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
 
 

@@ -183,15 +183,14 @@ class VLLMRollout(RolloutEngine):
         first = not distributed.is_initialized() or distributed.get_rank() == 0
         # Sharded weights are gathered from all ranks; else the others have nothing to do.
         needed = first or is_sharded(policy.actor)
-        weights = effective_weights(policy.actor) if needed else {}
-        failure = None
-        if first:
-            where = self.transfer_folder, f"{KEY}.transfer_folder"
-            try:
+        failure, where = None, (self.transfer_folder, f"{KEY}.transfer_folder")
+        try:
+            weights = effective_weights(policy.actor) if needed else {}
+            if first:
                 with weight_folder(policy.actor, weights, self._served["dtype"], *where) as folder:
                     engine.load(folder)
-            except InputError as error:
-                failure = str(error)
+        except InputError as error:
+            failure = str(error)
         failures = [f for f in gather(failure) if f]
         if failures:
             raise InputError(failures[0])

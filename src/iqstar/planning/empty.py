@@ -87,7 +87,9 @@ def packed_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
     from transformers.pytorch_utils import Conv1D
 
     matrices = [m.weight for m in model.modules() if type(m) is nn.Linear]
-    packed = sum(w.numel() * (dtype or w.dtype).itemsize for w in matrices)
+    kinds = {w: dtype or w.dtype for w in matrices}
+    served = (torch.float32, torch.bfloat16)
+    packed = sum(w.numel() * kind.itemsize for w, kind in kinds.items() if kind in served)
     others = (m for m in model.modules() if isinstance(m, Conv1D))
     return packed + sum(cast_bytes(m, dtype) for m in others)
 

@@ -83,7 +83,8 @@ def make_plan(run: Footprint, layout: Layout) -> Plan:
     casts = {"copies in autocast's dtype": copies}
     generating = {"copies in autocast's dtype": copies + run.head_casts}
     if not layout.gpu:  # they lie where the gradients were
-        generating = {PACKED: max(run.packed - gradient_bytes(run, layout), 0)}
+        packed = run.packed - gathered_casts(run, layout)
+        generating = {PACKED: max(packed - gradient_bytes(run, layout), 0)}
     computing = gathered(run, layout, whole=False)
     room = layout.memory - sum(always.values()) - sum(root_groups(run, layout).values())
     blocks = run.policy.blocks - gathered_casts(run, layout)

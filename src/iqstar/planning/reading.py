@@ -67,7 +67,8 @@ def workload(
     held_out = heldout_size(data.val_prompts)
     prompts = data.eval_batch_size
     if held_out is not None:  # as EvalBatches cuts them
-        batches = max(-(-held_out // (devices * data.eval_batch_size)), 1)
+        most = -(-held_out // (devices * data.eval_batch_size))
+        batches = max(min(most, held_out // devices), 1)
         prompts = -(-held_out // (devices * batches))
     evaluated = prompts * module.eval_samples * evaluates
     micro = min(module.micro_batch_size or rows, rows)
