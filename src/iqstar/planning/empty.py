@@ -83,15 +83,11 @@ def _bytes(module: nn.Module, chosen: Callable[[Tensor], Tensor | None]) -> int:
 
 
 def packed_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:
-    """Bytes of the copies of matrices that generating makes on a CPU: packed, or cast."""
-    from transformers.pytorch_utils import Conv1D
-
-    matrices = [m.weight for m in model.modules() if type(m) is nn.Linear]
-    kinds = {w: dtype or w.dtype for w in matrices}
-    served = (torch.float32, torch.bfloat16)
-    packed = sum(w.numel() * kind.itemsize for w, kind in kinds.items() if kind in served)
-    others = (m for m in model.modules() if isinstance(m, Conv1D))
-    return packed + sum(cast_bytes(m, dtype) for m in others)
+    """Bytes of the matrices that generating packs on a CPU, in float32 (:mod:`iqstar.packed`)."""
+    if dtype is not None:
+        return 0
+    matrices = (m.weight for m in model.modules() if type(m) is nn.Linear)
+    return sum(w.nbytes for w in matrices if w.dtype == torch.float32)
 
 
 def cast_bytes(model: nn.Module, dtype: torch.dtype | None) -> int:

@@ -77,7 +77,7 @@ class Footprint:
         step_buffers: What the optimiser takes for a moment, weight by weight.
         head_casts: Autocast's copy of the output head, which generation makes.
         casts: Autocast's copies of all other trained matrices.
-        packed: Copies of matrices that generating makes on a CPU, autocast's included.
+        packed: Matrices that generating packs on a CPU.
         rollout: Generating one.
         evaluation: Generating in an evaluation.
         evaluation_scoring: Scoring in an evaluation.

@@ -82,9 +82,8 @@ def make_plan(run: Footprint, layout: Layout) -> Plan:
     copies = run.casts - gathered_casts(run, layout)
     casts = {"copies in autocast's dtype": copies}
     generating = {"copies in autocast's dtype": copies + run.head_casts}
-    if not layout.gpu:  # they lie where the gradients were
-        packed = run.packed - gathered_casts(run, layout)
-        generating = {PACKED: max(packed - gradient_bytes(run, layout), 0)}
+    if run.packed and not layout.gpu:  # it lies where the gradients were
+        generating = {PACKED: max(run.packed - gradient_bytes(run, layout), 0)}
     computing = gathered(run, layout, whole=False)
     room = layout.memory - sum(always.values()) - sum(root_groups(run, layout).values())
     blocks = run.policy.blocks - gathered_casts(run, layout)
@@ -102,7 +101,8 @@ def make_plan(run: Footprint, layout: Layout) -> Plan:
         own = {"KV cache": run.rollout.cache, "activations": run.rollout.working}
         phases["rollout"] = {**generating, **sampling, **own}
     stored = {"frozen models' hidden states": run.stored}
-    seen = generating if run.rollout.cache and layout.gpu else {}  # kept until scoring is done
+    # Autocast keeps its copies until scoring is done.
+    seen = generating if run.rollout.cache and PACKED not in generating else {}
     phases["scoring"] = {**seen, **computing, **stored, "activations": run.scoring}
     gradients = {"gradients": gradient_bytes(run, layout)}
     phases["update"] = {
