@@ -44,7 +44,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(newest)["state_dict"]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path, tiny, kills):
     """SIGKILL at random moments, during saves too; the end is that of an undisturbed run."""
     settings = {"trainer__max_steps": 60 + 20 * kills, "summary": {"examples": 0}}
@@ -282,7 +282,8 @@ def test_a_rank_that_dies_stops_the_others_with_its_error(tmp_path, tiny):
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_nodes_of_torchrun(tmp_path, tiny, strategy):
     """Two nodes on the loopback device are two devices: same curves, same weights."""
     nodes, devices = tmp_path / "nodes", tmp_path / "devices"

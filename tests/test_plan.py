@@ -118,10 +118,9 @@ def test_bf16_halves_the_references_matrices_only():
 
 
 def test_a_reference_that_moves_is_held_in_full_and_twice_where_roles_part():
-    plain = trace(precision="bf16-mixed")
     both = trace(precision="bf16-mixed", refresh=EMARefresh())
     apart = trace(precision="bf16-mixed", refresh=EMARefresh(of="estimator"))
-    assert plain.frozen["reference"].total < both.frozen["reference"].total == both.policy.total
+    assert both.frozen["reference"] == both.policy  # in bf16-mixed it is smaller, as shown above
     assert apart.frozen == {**both.frozen, "estimator's copy": both.frozen["reference"]}
 
 

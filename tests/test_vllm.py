@@ -210,7 +210,12 @@ def test_adapters_of_embeddings_cannot_be_merged(tiny, server):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "lora"), [("ddp", None), ("fsdp", None), ("fsdp", {"rank": 4})]
+    ("strategy", "lora"),
+    [
+        ("ddp", None),
+        pytest.param("fsdp", None, marks=pytest.mark.slow),
+        ("fsdp", {"rank": 4}),
+    ],
 )
 def test_two_processes_share_one_server(tmp_path, tiny, server, strategy, lora):
     """Each asks for its own 4 prompts; one of them brings the whole weights, once a rollout."""
