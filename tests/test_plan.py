@@ -424,7 +424,7 @@ def test_models_of_the_estimators_own(tmp_path, tiny, capsys):
         (["--architecture", "nowhere.json"], "--architecture: nowhere.json does not exist"),
         (["--architecture", "pyproject.toml"], "is no config.json of a model"),
         (["--trainer.strategy", "deepspeed"], "iqstar plan knows auto, ddp, fsdp"),
-        (["--trainer.precision", "16-mixed"], "plan knows 32-true, bf16-mixed"),
+        (["--trainer.precision", "16-mixed"], "iqstar plan knows 32-true, bf16-mixed"),
         (["--trainer.accelerator", "tpu"], "iqstar plan knows cpu and gpu"),
         (["--model.policy.model", "no such model"], "model.policy.model: 'no such model'"),
         (["--trainer.devices", "two"], "trainer.devices: 'two' is no number of devices"),

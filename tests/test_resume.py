@@ -5,6 +5,7 @@ four optimiser steps (two micro-batches, twice over) and an epoch eight, so step
 of the second rollout.
 """
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,6 +200,14 @@ def test_a_sharded_checkpoint_is_checked_before_it_is_loaded(paired):
     )
     with pytest.raises(InputError, match="of another method"):
         strategy.load_checkpoint(paired[0] / "full, fsdp.ckpt")
+
+
+def test_a_sharded_checkpoint_with_damaged_metadata_is_named(paired, tmp_path):
+    damaged = tmp_path / "damaged.ckpt"
+    shutil.copytree(paired[0] / "full, fsdp.ckpt", damaged)
+    (damaged / ".metadata").write_bytes(b"")
+    with pytest.raises(InputError, match=r"--ckpt_path: .*damaged\.ckpt cannot be read \("):
+        weight_names(damaged)
 
 
 @pytest.mark.parametrize("kind", POLICIES)

@@ -160,8 +160,12 @@ def read_checkpoint(path: Path, key: str = "--ckpt_path", optimizer: bool = True
             return _assembled(path, optimizer)
         return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{key}: {path} cannot be read ({reason}); give another") from error
+        raise _unreadable(path, key, error) from error
+
+
+def _unreadable(path: Path, key: str, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(f"{key}: {path} cannot be read ({reason}); give another")
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -180,10 +184,7 @@ def weight_names(folder: Path) -> set[str]:
     try:
         names = FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # whatever unpickling damaged bytes ends in
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(
-            f"--ckpt_path: {folder} cannot be read ({reason}); give another"
-        ) from error
+        raise _unreadable(folder, "--ckpt_path", error) from error
     prefix = "state_dict."
     return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
 

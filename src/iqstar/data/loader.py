@@ -143,7 +143,7 @@ class EvalBatches:
     ) -> None:
         total = len(prompts)
         mine = list(prompts[rank::world_size]) or list(prompts[rank % max(total, 1) :][:1])
-        batches = min(-(-total // (world_size * batch_size)), max(total // world_size, 1))
+        batches = evaluation_batches(total, batch_size, world_size)
         # The largest share decides the number of batches; the k-th gets every share's k-th part.
         cuts = [len(mine) * k // batches for k in range(batches + 1)] if mine else [0]
         self._batches = [
@@ -155,6 +155,11 @@ class EvalBatches:
 
     def __iter__(self) -> Iterator[PromptBatch]:
         return iter(self._batches)
+
+
+def evaluation_batches(total: int, batch_size: int, world_size: int) -> int:
+    """Batches that each of ``world_size`` ranks cuts its share of ``total`` prompts into."""
+    return min(-(-total // (world_size * batch_size)), max(total // world_size, 1))
 
 
 def batch_sizes(total: int, batch_size: int, drop_last: bool) -> list[int]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from iqstar.data import PromptDataModule
+from iqstar.data.loader import evaluation_batches
 from iqstar.data.turns import heldout_size
 from iqstar.errors import InputError
 from iqstar.estimators import OptimalPolicyEstimator
@@ -67,9 +68,8 @@ def workload(
     held_out = heldout_size(data.val_prompts)
     prompts = data.eval_batch_size
     if held_out is not None:  # as EvalBatches cuts them
-        most = -(-held_out // (devices * data.eval_batch_size))
-        batches = max(min(most, held_out // devices), 1)
-        prompts = -(-held_out // (devices * batches))
+        batches = evaluation_batches(held_out, data.eval_batch_size, devices)
+        prompts = -(-held_out // (devices * max(batches, 1)))
     evaluated = prompts * module.eval_samples * evaluates
     micro = min(module.micro_batch_size or rows, rows)
     return Workload(

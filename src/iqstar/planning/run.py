@@ -53,8 +53,8 @@ def trace_run(
     Raises:
         InputError: If the architecture or the precision is not supported.
     """
-    if precision not in (known := ("32-true", *AUTOCAST, *TRUE)):
-        raise InputError(f"trainer.precision: plan knows {', '.join(known)}; got {precision}")
+    if precision not in (ours := ("32-true", *AUTOCAST, *TRUE)):
+        raise InputError(f"trainer.precision: iqstar plan knows {', '.join(ours)}; got {precision}")
     reference = not module.rollout.credits_known or workload.evaluated_rows > 0
     held = module.frozen_precision(precision)
     policy = empty_policy(module.spec, config, precision, reference, held)
