@@ -23,7 +23,8 @@ from iqstar.baselines.dpo import dpo_losses
 from iqstar.checkpoints import AtomicCheckpointIO
 from iqstar.curves import micro_batch_sums
 from iqstar.errors import InputError
-from iqstar.mdp import PromptBatch
+from iqstar.losses import AssignedAdvantage, TokenPolicyGradientLoss
+from iqstar.mdp import PromptBatch, TokenCredits
 from iqstar.optim import Constant
 from iqstar.rollouts import DatasetRollout, GenerateRollout
 from judging import Broken, Gaps, Tiring, Vowels
@@ -115,6 +116,40 @@ def test_group_advantages_by_hand():
     assert plain.tolist() == [-1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     scaled = group_advantages(torch.tensor([1.0, 3.0, NAN, 2.0]), 4)
     torch.testing.assert_close(scaled, torch.tensor([-1.0, 1.0, 0.0, 0.0]) / (1 + 1e-4))
+
+
+def test_a_clipped_ratio_that_overflows_has_no_gradient():
+    """e^100 is inf in float32, and the slope of what is not chosen there would be 0·inf."""
+    logits = torch.tensor([[100.0, 0.0]], requires_grad=True)
+    tokens = TokenCredits(
+        actions=torch.tensor([0]),
+        reference=torch.zeros(1),
+        credit=torch.ones(1),
+        weight=torch.ones(1),
+        behaviour=torch.tensor([-100.0]),
+    )
+    loss, metrics = TokenPolicyGradientLoss(0.2, AssignedAdvantage()).per_token(
+        logits, tokens, None
+    )
+    assert loss.item() == pytest.approx(-1.2)
+    assert metrics["clip_fraction"] == 1
+    assert torch.autograd.grad(loss.sum(), logits)[0].tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("separate", [False, True], ids=["shared trunk", "own trunk"])
+def test_ppo_reads_a_rollout_once(tiny, separate):
+    """Log-probs and values at the rollout's weights come from the same states."""
+    module = attach(build(PPO, tiny, separate_value_model=separate))
+    read = []
+    module.actor.hidden = lambda packed, plain=module.actor.hidden: (
+        read.append(packed) or plain(packed)
+    )
+    (micro,) = module.collect(PROMPTS, seed=0)
+    assert len(read) == 1
+    assert micro.tokens.behaviour.shape == micro.tokens.values.shape
+    with torch.no_grad():
+        states = module.actor.hidden(micro.sequences)
+        torch.testing.assert_close(micro.tokens.values, module.value_head(states, micro.sequences))
 
 
 def test_dpo_losses_by_hand():

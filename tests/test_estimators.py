@@ -299,6 +299,23 @@ def test_windows_and_reindexing_name_the_same_tokens(scored):
     close(every(back), whole.flip(0))
 
 
+def test_a_distribution_that_occurs_twice_is_computed_once(scored):
+    """With r the reference: r + ½·a − ½·r + ½·(r + a − r) − ½·r = a."""
+    _, _, scorer = scored
+    reference = scorer.reference()
+    aligned = scorer.conditioned("Be kind.", "system")
+    nested = LogLinear([(1.0, reference), (1.0, aligned), (-1.0, reference)])
+    mixed = LogLinear(
+        [(1.0, reference), (0.5, aligned), (-0.5, reference), (0.5, nested), (-0.5, reference)]
+    )
+    assert nested.terms == ((1.0, aligned),)
+    assert mixed.terms == ((1.0, aligned),)
+    assert torch.equal(every(mixed), every(aligned))
+    sharper = LogLinear([(0.5, nested), (1.5, aligned), (-1.0, reference)])
+    assert sharper.terms == ((2.0, aligned), (-1.0, reference))
+    close(every(sharper), (2 * every(aligned) - every(reference)).log_softmax(-1))
+
+
 @pytest.mark.parametrize("text", ["", "  \n"])
 def test_an_estimator_without_a_principle_says_so(text):
     with pytest.raises(InputError, match=r"principle: PrincipleEstimator needs a text"):

@@ -142,6 +142,15 @@ def test_a_frozen_head_passes_the_gradient_on_and_takes_none():
     assert torch.equal(frozen, free)
 
 
+def test_a_bias_alone_can_be_trained():
+    hidden, head = setting("bias")
+    head.weight.requires_grad_(False)
+    total = head_loss(hidden.detach(), head, imitation)[0]
+    (found,) = torch.autograd.grad(total, head.bias)
+    naive = imitation(naive_logits(hidden.detach(), head), torch.arange(TOKENS))[0].sum()
+    torch.testing.assert_close(found, *torch.autograd.grad(naive, head.bias))
+
+
 def test_a_metric_may_be_a_view_of_the_logits():
     """Their gradient takes their place only when the metrics are summed."""
     hidden, head = setting("all")

@@ -156,6 +156,15 @@ def test_the_sampled_kl_is_an_unbiased_non_negative_estimate():
     torch.testing.assert_close(mean, kl_divergence(logp, logq)[0], atol=1e-12, rtol=0)
 
 
+def test_the_sampled_kl_of_a_token_that_the_policy_gave_up_is_finite():
+    """e^100 is inf in float32: one token of that kind must not make a whole gradient NaN."""
+    logprobs = torch.tensor([-100.0, -1.0], requires_grad=True)
+    total = sampled_kl(logprobs, torch.tensor([0.0, -1.0])).sum()
+    (grad,) = torch.autograd.grad(total, logprobs)
+    assert total.isfinite()
+    assert grad.isfinite().all()
+
+
 def test_jsd_has_a_slope_where_the_policy_is_next_to_nothing():
     """e^{-95} against 1: the exponential of the log-ratio overflows float32."""
     logits = torch.tensor([[0.0, -95.0, -3.0]], requires_grad=True)

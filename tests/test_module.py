@@ -2,10 +2,11 @@
 
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from lightning import LightningDataModule, Trainer
+from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
@@ -185,6 +186,18 @@ def test_kl_limit_stops_a_run(tiny, tmp_path):
     more = trainer(tmp_path, max_steps=50, callbacks=[limit], enable_checkpointing=False)
     more.fit(again, data(), ckpt_path=tmp_path / "stopped.ckpt")
     assert more.global_step == run.global_step  # a run that was stopped stays so
+
+
+def test_a_step_whose_kl_was_not_measured_does_not_hide_the_others():
+    """All responses of a step may be left out (mask_truncated): its mean is 0/0."""
+    limit, run = KLLimit(limit=0.1, steps=3), Mock(spec=Trainer, should_stop=False)
+    limit.load_state_dict({"recent": [math.nan], "stopped": False})
+    for step, kl in enumerate([9.0, 9.0, math.nan, 9.0], start=1):
+        assert not run.should_stop
+        run.global_step, run.callback_metrics = step, {"train/kl": torch.tensor(kl)}
+        limit.on_train_batch_end(run, Mock(spec=LightningModule), None, None, 0)
+    assert run.should_stop
+    assert limit.state_dict() == {"recent": [9.0, 9.0, 9.0], "stopped": True}
 
 
 def test_models_are_loaded_in_main_memory(tiny):

@@ -431,6 +431,23 @@ def test_a_mixture_draws_its_sources_with_their_weights(policy):
     assert not mixture.on_policy
 
 
+def test_responses_of_a_mixture_are_in_the_order_of_their_prompts(policy):
+    """Else the first optimiser steps of a rollout would be of one source, the last of another."""
+    prompts = [ask(str(i), "a" * (1 + i % 5)) for i in range(12)]
+    given = DatasetRollout(9).roll_out(policy, prompts, 1.0, 0)
+    rollout = mixed([1.0, 1.0]).roll_out(policy, prompts, 1.0, 0)
+    assert rollout.prompts == given.prompts
+    same = [a == b for a, b in zip(rollout.responses, given.responses, strict=True)]
+    assert any(same)
+    assert not all(same)
+    assert same != sorted(same)
+    assert same != sorted(same, reverse=True)
+
+    both = [GenerateRollout(max_new_tokens=3, responses_per_prompt=2) for _ in range(2)]
+    twice = MixtureRollout(both, [1.0, 1.0]).roll_out(policy, prompts, 1.0, 0)
+    assert twice.prompts == tuple(prompt for prompt in prompts for _ in range(2))
+
+
 def test_a_mixture_of_one_is_that_one(policy):
     prompts = [ask("Hi", "the ring"), ask("Go on.", "a")]
     assert responses(mixed([0.0, 1.0]).roll_out(policy, prompts, 1.0, 0)) == responses(

@@ -112,15 +112,12 @@ class AlignmentModule(TrainedModule):
         """As :meth:`assign`, for what trains nothing."""
         return self.assign(rollout, seed)
 
-    def without_credit(
-        self, rollout: Rollout, seed: int, needs_behaviour: bool = False, group: int = 1
-    ) -> list[MicroBatch]:
-        """A rollout with log-probs of the reference and, if needed, the policy, but no credit.
+    def without_credit(self, rollout: Rollout, seed: int, group: int = 1) -> list[MicroBatch]:
+        """A rollout with log-probs of the reference, but no credit.
 
         Args:
             rollout: The responses.
             seed: Of this rollout.
-            needs_behaviour: Whether to score the policy too.
             group: Neighbouring rows that stay in one micro-batch.
         """
         assert self.policy is not None
@@ -131,7 +128,7 @@ class AlignmentModule(TrainedModule):
             (),
             temperature=self.temperature,
             micro_batch_size=self.micro_batch_size or len(rollout) // group,
-            needs_behaviour=needs_behaviour,
+            needs_behaviour=False,
             seed=seed,
             group=group,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class KLLimit(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the steps of a checkpoint."""
-        self._recent.extend(state_dict["recent"])
+        self._recent.extend(kl for kl in state_dict["recent"] if not math.isnan(kl))
         self._stopped = state_dict.get("stopped", False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,8 +104,10 @@ class KLLimit(Callback):
         if self.limit is None or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        self._recent.append(float(trainer.callback_metrics["train/kl"]))
-        self._stop_if_far(trainer)
+        kl = float(trainer.callback_metrics["train/kl"])
+        if not math.isnan(kl):  # as it is where every response was left out: nothing was measured
+            self._recent.append(kl)
+            self._stop_if_far(trainer)
 
     def _stop_if_far(self, trainer: Trainer) -> None:
         if self.limit is None or len(self._recent) < (self._recent.maxlen or 0):

@@ -17,6 +17,9 @@ from torch import Tensor
 from iqstar.errors import InputError
 from iqstar.head import LanguageHead
 
+NOTHING = 1e-12
+"""What rounding leaves of a weight that cancels out."""
+
 
 class TokenDistributions(ABC):
     """Normalised log-probabilities over the vocabulary at ``len(self)`` response tokens."""
@@ -113,30 +116,50 @@ class Reindexed(TokenDistributions):
 class LogLinear(TokenDistributions):
     """Normalised product of powers: log π(a|s) = Σ_k w_k log π_k(a|s) − log Z(s).
 
-    The normaliser is always subtracted, also when only sampled tokens are asked for (method §3).
+    The normaliser is always subtracted, also when only sampled tokens are asked for (method §3). A
+    distribution that occurs more than once, also inside of others, is computed once.
 
     Args:
         terms: The weights w_k and the distributions π_k.
     """
 
     def __init__(self, terms: Sequence[tuple[float, TokenDistributions]]) -> None:
-        self.terms = tuple(terms)
+        self.terms = _merged(terms)
 
     def __len__(self) -> int:
         return len(self.terms[0][1])
 
     def logprobs(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
         """See :meth:`TokenDistributions.logprobs`."""
+        return self.scores(index).log_softmax(dim=-1)
+
+    def scores(self, index: Int[Tensor, " chunk"]) -> Float[Tensor, "chunk vocab"]:
+        """See :meth:`TokenDistributions.scores`; without Z."""
         weight, first = self.terms[0]
         total = first.scores(index) * weight
         for weight, term in self.terms[1:]:
             total.add_(term.scores(index), alpha=weight)  # their constants end up in Z
-        return total.log_softmax(dim=-1)
+        return total
 
     @property
     def rows(self) -> int:
         """See :attr:`TokenDistributions.rows`."""
         return min(term.rows for _, term in self.terms)
+
+
+def _merged(
+    terms: Sequence[tuple[float, TokenDistributions]],
+) -> tuple[tuple[float, TokenDistributions], ...]:
+    """Each distribution once, nested products taken apart; what cancels out is left out."""
+    weights: dict[int, float] = {}
+    known: dict[int, TokenDistributions] = {}
+    for weight, term in terms:
+        parts = term.terms if isinstance(term, LogLinear) else ((1.0, term),)
+        for inner, part in parts:
+            weights[id(part)] = weights.get(id(part), 0.0) + weight * inner
+            known[id(part)] = part
+    kept = tuple((weights[key], part) for key, part in known.items() if abs(weights[key]) > NOTHING)
+    return kept or ((0.0, terms[0][1]),)
 
 
 class Unknown(TokenDistributions):

@@ -133,11 +133,12 @@ def head_loss(
         target: Serves what the losses compare the logits with; None where they need nothing.
 
     Returns:
-        The sum of the losses, differentiable in ``hidden`` and the head's weight, and the sum of
-        each metric.
+        The sum of the losses, differentiable once in ``hidden`` and the head's weight and bias, and
+        the sum of each metric.
     """
     metrics: dict[str, Tensor] = {}
-    grad = torch.is_grad_enabled() and (hidden.requires_grad or head.weight.requires_grad)
+    trained = (part for part in (hidden, head.weight, head.bias) if part is not None)
+    grad = torch.is_grad_enabled() and any(part.requires_grad for part in trained)
     total: Tensor = _HeadLoss.apply(
         hidden, head.weight, head.bias, head, token_loss, target, grad, metrics
     )

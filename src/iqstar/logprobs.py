@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+LARGEST_LOG_RATIO = 20.0
+"""Of two probabilities, nats: e to a larger one is inf in float32, whose gradient is NaN."""
+
 
 def token_logprobs(
     logits: Float[Tensor, "tokens vocab"], actions: Int[Tensor, " tokens"]
@@ -39,9 +42,10 @@ def sampled_kl(
 ) -> Float[Tensor, " tokens"]:
     """Unbiased, non-negative estimate of KL(π‖π_ref) from actions drawn from π.
 
-    With δ = log π_ref − log π at the action: e^δ − 1 − δ (Schulman's "k3").
+    With δ = log π_ref − log π at the action: e^δ − 1 − δ (Schulman's "k3"), δ up to
+    :data:`LARGEST_LOG_RATIO`.
     """
-    delta = reference - logprobs
+    delta = (reference - logprobs).clamp(max=LARGEST_LOG_RATIO)
     return torch.expm1(delta) - delta
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -238,21 +238,26 @@ class MixtureRollout(RolloutEngine):
     def roll_out(
         self, policy: Policy, prompts: Sequence[Prompt], temperature: float, seed: int
     ) -> Rollout:
-        """See :meth:`RolloutEngine.roll_out`; responses come grouped by engine."""
+        """See :meth:`RolloutEngine.roll_out`; responses come in the order of their prompts."""
         generator = torch.Generator().manual_seed(seed)
         weights = torch.tensor(self.weights, dtype=torch.float32)  # also under bf16-true
         drawn = torch.multinomial(
             weights, len(prompts), replacement=True, generator=generator
         ).tolist()
-        parts = []
+        groups: dict[int, Iterator[Rollout]] = {}
         for number, engine in enumerate(self.engines):
             chosen = [p for p, d in zip(prompts, drawn, strict=True) if d == number]
             if global_max(len(chosen), policy.actor.device):
                 # Sharded models need every rank; one without such a prompt takes part in vain.
                 own_seed = rollout_seed(seed, number)
                 part = engine.roll_out(policy, chosen or prompts[:1], temperature, own_seed)
-                parts += [part] if chosen else []
-        return concatenate(parts, policy.actor.chat.pad_id)
+                groups[number] = _groups(part, self.responses_per_prompt)
+        # Not source by source: each optimiser step of a rollout is to see all of them.
+        return concatenate([next(groups[number]) for number in drawn], policy.actor.chat.pad_id)
+
+
+def _groups(rollout: Rollout, size: int) -> Iterator[Rollout]:
+    return (rollout.rows(start, start + size) for start in range(0, len(rollout), size))
 
 
 def rollout_seed(*parts: int) -> int:

@@ -120,7 +120,7 @@ class PPO(RewardedModule):
 
     def advantages(self, parts: list[MicroBatch]) -> list[MicroBatch]:
         """See :meth:`RewardedModule.advantages`; also what values should be."""
-        parts = [self._valued(part) for part in parts]
+        parts = [self._returned(part) for part in parts]
         self._note_kl(parts)
         if not self.whiten:
             return parts
@@ -134,13 +134,18 @@ class PPO(RewardedModule):
             for part in parts
         ]
 
-    @torch.no_grad()
-    def _valued(self, part: MicroBatch) -> MicroBatch:
+    def noted(self, part: MicroBatch, hidden: Float[Tensor, "tokens dim"]) -> MicroBatch:
+        """See :meth:`RewardedModule.noted`; the values of the states."""
+        values = self.value_head(hidden, part.sequences)
+        fields = {**vars(part.tokens), "values": values, "returns": values}
+        return replace(part, tokens=ValuedTokens(**fields))
+
+    def _returned(self, part: MicroBatch) -> MicroBatch:
         tokens, mask = part.tokens, part.rollout.response_mask
+        assert isinstance(tokens, ValuedTokens)
         assert tokens.behaviour is not None
         assert part.scores is not None
-        hidden = None if self.separate_value_model else self.actor.hidden(part.sequences)
-        values = self.value_head(hidden, part.sequences)
+        values = tokens.values
         padded = torch.zeros(mask.shape, dtype=values.dtype, device=mask.device)
         rewards = penalised_rewards(
             part.scores.nan_to_num().to(values),
@@ -150,15 +155,14 @@ class PPO(RewardedModule):
         )
         of_states = padded.masked_scatter(mask, values)
         advantages = generalized_advantages(rewards, of_states, self.gamma, self.lam)[mask]
-        fields = {**vars(tokens), "credit": advantages.to(tokens.reference)}
-        return replace(
-            part, tokens=ValuedTokens(**fields, values=values, returns=advantages + values)
-        )
+        credit = advantages.to(tokens.reference)
+        return replace(part, tokens=replace(tokens, credit=credit, returns=advantages + values))
 
     def _note_kl(self, parts: list[MicroBatch]) -> None:
         """Lets the price of the KL follow what the rollout of all ranks measured."""
         ratios = torch.cat([p.tokens.behaviour - p.tokens.reference for p in parts])  # type: ignore[operator]
-        own = [ratios.sum().item(), len(ratios), sum(len(part.rollout) for part in parts)]
+        responses = sum(int((part.rollout.lengths > 0).sum()) for part in parts)
+        own = [ratios.sum().item(), len(ratios), responses]
         sums = global_sum(torch.tensor(own, dtype=torch.float64, device=ratios.device)).tolist()
         if sums[1]:  # responses that were all left out measure nothing
             self.kl.update(sums[0] / sums[1], int(sums[2]))

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from iqstar.alignment import AlignmentModule
 from iqstar.assignment import MicroBatch
 from iqstar.curves import TOKEN_METRICS, Sums, token_metrics
+from iqstar.distributions import HeadDistributions
 from iqstar.errors import InputError
-from iqstar.head import head_loss
+from iqstar.head import LanguageHead, head_loss
 from iqstar.judges import Judge, asked
 from iqstar.judges.base import check_named, name_of, reason_of, tell_of_gaps, warn_once
 from iqstar.logprobs import sampled_kl, token_logprobs
@@ -79,9 +80,11 @@ class RewardedModule(AlignmentModule):
 
     def assign(self, rollout: Rollout, seed: int, resuming: bool = False) -> list[MicroBatch]:
         """Scores the responses, and gives each token its advantage."""
-        parts = self.without_credit(rollout, seed, needs_behaviour=not resuming)
+        parts = self.without_credit(rollout, seed)
         if resuming:
             return [self.blank(part) for part in parts]
+        head = self.actor.frozen_head(self.temperature)
+        parts = [self._with_behaviour(part, head) for part in parts]
         found = torch.tensor(self._scored(rollout), dtype=torch.float64)
         scores = found.to(parts[0].tokens.reference)
         sizes = [len(part.rollout) for part in parts]
@@ -94,6 +97,21 @@ class RewardedModule(AlignmentModule):
     def assign_unchanged(self, rollout: Rollout, seed: int) -> list[MicroBatch]:
         """Advantages are for training: responses that are predicted need no judge."""
         return self.without_credit(rollout, seed)
+
+    @torch.no_grad()
+    def _with_behaviour(self, part: MicroBatch, head: LanguageHead) -> MicroBatch:
+        hidden = self.actor.hidden(part.sequences)
+        behaviour = HeadDistributions(hidden, head).at(part.tokens.actions)
+        return self.noted(replace(part, tokens=replace(part.tokens, behaviour=behaviour)), hidden)
+
+    def noted(self, part: MicroBatch, hidden: Float[Tensor, "tokens dim"]) -> MicroBatch:
+        """A micro-batch with what else is to be known of the policy that sampled it.
+
+        Args:
+            part: It.
+            hidden: The policy's states that predict its tokens.
+        """
+        return part
 
     def _scored(self, rollout: Rollout) -> list[float]:
         """The judge's score of each response; NaN where it gave none.

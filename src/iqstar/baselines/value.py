@@ -40,7 +40,7 @@ class ValueHead(nn.Module):
                 output.requires_grad_(False)  # its logits are never asked for
 
     def forward(
-        self, hidden: Float[Tensor, "tokens dim"] | None, sequences: TokenSequences
+        self, hidden: Float[Tensor, "tokens dim"], sequences: TokenSequences
     ) -> Float[Tensor, " tokens"]:
         """The values, in float32 (float64 for a float64 model), also under autocast.
 
@@ -51,7 +51,6 @@ class ValueHead(nn.Module):
         """
         if self.trunk is not None:
             hidden = self.trunk.hidden(sequences)
-        assert hidden is not None
         with torch.autocast(hidden.device.type, enabled=False):
             weight, bias = self.linear.weight, self.linear.bias  # in 16 bits under bf16-true
             dtype = torch.promote_types(weight.dtype, torch.float32)
