@@ -165,6 +165,19 @@ def test_wrong_arguments_are_explained(argv, expected):
     assert expected in str(error.value)
 
 
+def test_the_data_of_a_runs_config(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Who?"}\n{"prompt": "Why?"}\n')
+    own = {"class_path": "iqstar.data.JSONL", "init_args": {"path": str(tmp_path / "rows.jsonl")}}
+    config = tmp_path / "my.yaml"
+    config.write_text(json.dumps({"model": {"class_path": "iqstar.InverseQStar"}, "data": own}))
+    assert audit(capsys, "--config", str(config))["prompts"] == 2
+    assert audit(capsys, f"--config={config}", "--data.max_prompt_chars", "3")["prompts"] == 2
+    config.write_text("model: {}")
+    with pytest.raises(InputError, match=r"my\.yaml has no data; give it there or with --data"):
+        main(["--config", str(config)])
+    assert audit(capsys, "--config", str(config), "--data", "Sample")["prompts"] > 2
+
+
 def test_importing_the_data_modules_does_not_import_datasets():
     code = "import sys, iqstar.commands.audit; sys.exit('datasets' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,6 +15,7 @@ from torch.multiprocessing import ProcessRaisedException
 
 from cli_tools import REMOVED, changed, error_of, line_of, tiny_config, write_config
 from iqstar.cli import main
+from iqstar.module import InverseQStar
 from iqstar.training_cli import readable_errors
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
@@ -236,6 +237,11 @@ def test_misspelt_key_in_a_group_file(fails, tmp_path):
     assert message.startswith(f"{file}:1: model.estimator: iqstar.estimators.NulEstimator is no ")
 
 
+def test_a_key_of_a_mapping_on_the_command_line(fails):
+    message = fails(None, None, "--model.policy.lora", "{rank: 2, dropout: 0.1}")
+    assert message.startswith("--model.policy.lora.dropout: unknown option; known there: rank,")
+
+
 # ---- classes
 
 
@@ -258,8 +264,10 @@ def test_misspelt_key_in_a_group_file(fails, tmp_path):
 def test_wrong_class_path(fails, tmp_path, key, path, right):
     message = fails(f"{key}.class_path", path)
     file = tmp_path / "config.yaml"
+    module = path.rpartition(".")[0]
+    missing = f" (there is no module {module})" if "estimatrs" in module else ""
     assert message == (
-        f"{file}:{line_of(file, path)}: {key}: {path} is no class that fits here; "
+        f"{file}:{line_of(file, path)}: {key}: {path} is no class that fits here{missing}; "
         f"did you mean {right}?"
     )
 
@@ -269,6 +277,25 @@ def test_wrong_class_on_the_command_line(fails):
     assert message.startswith("--model.estimator: PrincpleEstimator is no class")
     assert message.endswith("did you mean iqstar.estimators.PrincipleEstimator?")
     assert "iqstar.data.HHRLHF" in fails(None, None, "--data", "HHRLFH")
+
+
+def test_a_class_in_a_file_of_ones_own(tmp_path, tiny, capsys, monkeypatch):
+    """Files in the folder that a command is started from are found, as python -m finds them."""
+    (tmp_path / "own_judges.py").write_text(
+        "from iqstar.judges import VaderJudge\nclass Mine(VaderJudge): pass\n"
+    )
+    (tmp_path / "own_broken.py").write_text("import a_package_that_nobody_has\n")
+    config = str(write_config(tmp_path, tiny_config(tmp_path, tiny)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    argv = ["iqstar", "fit", "--config", config, "--print_config", "--model.judge"]
+    monkeypatch.setattr(sys, "argv", [*argv, "own_judges.Mine"])
+    assert main() == 0
+    assert "class_path: own_judges.Mine" in capsys.readouterr().out
+    broken = error_of(capsys, *argv[1:], "own_broken.Mine")
+    assert "own_broken.Mine cannot be imported (No module named 'a_package_that_nobody" in broken
+    absent = error_of(capsys, *argv[1:], "own_absent.VaderJudg")
+    assert "(there is no module own_absent); did you mean iqstar.judges.VaderJudge?" in absent
 
 
 def test_class_of_another_kind(fails):
@@ -363,6 +390,14 @@ def test_principle_over_its_budget(fails):
 def test_missing_data_file(fails):
     message = fails("data.init_args.path", "nowhere.jsonl")
     assert message.startswith("data.path: no such file or folder: nowhere.jsonl; give")
+    message = fails("data.init_args.path", "someone/prompts")
+    assert "(from the hub: hf download someone/prompts --repo-type dataset" in message
+
+
+def test_windows_over_two_rollouts_are_refused_before_a_model_is_loaded(fails, monkeypatch):
+    monkeypatch.setattr(InverseQStar, "configure_model", lambda self: pytest.fail("loaded"))
+    message = fails("trainer.accumulate_grad_batches", 2, "--model.micro_batch_size", "4")
+    assert message.startswith("trainer.accumulate_grad_batches: an optimiser step takes 2 micro-b")
 
 
 def test_malformed_json_line(tmp_path, config, capsys):
@@ -657,14 +692,9 @@ def test_a_negative_number_is_no_option(tmp_path, fails):
     assert "principel" in fails(None, None, "--model.estimator", str(file), *bound)
 
 
-def test_a_folder_of_a_run_is_no_checkpoint_and_names_its_own(tmp_path, config, fails):
-    file = str(write_config(tmp_path, config))
-    for version in ("first", "second"):
-        assert main(["fit", "--config", file, "--trainer.logger.version", version]) == 0
-    folder = tmp_path / "runs" / "run" / "first"
-    message = fails(None, None, "--ckpt_path", str(folder))
-    assert message.startswith(f"--ckpt_path: {folder} is no checkpoint")
-    assert f"the newest complete one there is {folder}" in message
+def test_a_folder_without_a_checkpoint(tmp_path, fails):
+    message = fails(None, None, "--ckpt_path", str(tmp_path))
+    assert message.startswith(f"--ckpt_path: {tmp_path} has no complete checkpoint")
 
 
 @pytest.mark.parametrize("error", [ConnectionRefusedError(111, "refused"), TimeoutError(110, "x")])

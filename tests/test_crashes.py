@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cli_tools import changed, end, error_of, launch, tiny_config, write_config
+from cli_tools import changed, end, error_of, launch, tiny_config, write_config, write_prompts
 from iqstar.atomic import written_beside
 from iqstar.checkpoints import (
     is_complete,
@@ -97,6 +97,24 @@ def test_last_is_the_newest_complete_one(tmp_path, tiny, capsys):
     error = error_of(capsys, *more[:-3], str(newest.with_name("step=8.ckpt")))
     assert "half-written" in error
     assert str(newest_checkpoint(newest.parent)) in error
+    run = str(newest.parents[1])
+    assert main([*more[:-3], run, "--trainer.max_steps", "4"]) == 0  # the newest one below it
+
+
+def test_last_is_not_a_checkpoint_of_another_run(tmp_path, tiny, capsys):
+    """Runs share a folder unless they are named: going on from another's would teach nothing."""
+    config = str(configure(tmp_path, tiny))
+    assert main(["fit", "--config", config]) == 0
+    last = ["fit", "--config", config, "--ckpt_path", "last", "--trainer.max_steps", "3"]
+    for key, value in (
+        ("model.init_args.estimator.init_args.principle", "Be brief."),
+        ("model.init_args.loss", "iqstar.losses.RewardImitationLoss"),
+        ("data.init_args.path", str(write_prompts(tmp_path / "other.jsonl"))),
+    ):
+        error = error_of(capsys, *last, f"--{key}", value)
+        named = key.removesuffix(".init_args.principle")
+        assert f"is of a run with another {named}; give the path of the one" in error
+    assert main([*last, "--model.optimizer.lr", "1.0e-4"]) == 0  # a rate may change
 
 
 def test_last_without_any_checkpoint_is_an_error_where_nothing_is_trained(tmp_path, tiny, capsys):

@@ -73,7 +73,8 @@ def test_commands_parse(line: str, tmp_path: Path, capsys: pytest.CaptureFixture
     line = line.replace("--config EXPERIMENT", "--config configs/quickstart.yaml")
     command, *rest = shlex.split(line, comments=True)[1:]
     if command == "audit":
-        audit._parser().parse_args(rest)
+        parser, own = audit._parser(rest)
+        parser.parse_args(own)
         return
     if command == "compare":
         options = compare.parser().options(rest)

@@ -455,6 +455,19 @@ def trained(tmp_path, config):
     return file, tmp_path / "runs" / "run" / "v"
 
 
+@pytest.mark.parametrize("command", ["eval", "plan"])
+def test_the_settings_that_a_run_keeps_serve_every_command(trained, tmp_path, capsys, command):
+    """Its config.yaml has what was given on the command line too, and Lightning's own options."""
+    _, run = trained
+    folder = [] if command == "plan" else ["--output", str(tmp_path / "out")]
+    assert main([command, "--config", str(run / "config.yaml"), *folder]) == 0
+    if command == "eval":
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        assert report["policy"]["kind"] == "reference"
+        newest = evaluate(run / "config.yaml", tmp_path / "own", "--ckpt_path", str(run))
+        assert newest["policy"]["path"].endswith(".ckpt")
+
+
 def evaluate(file, output, *argv):
     assert main(["eval", "--config", str(file), "--output", str(output), *argv]) == 0
     return json.loads((output / "report.json").read_text())

@@ -307,6 +307,16 @@ def test_card_names_the_default_loss(loss):
     assert "principle |" not in card
 
 
+@pytest.mark.parametrize("kind", ["full", "adapters"])
+def test_the_code_on_the_card_runs(kind, request, capsys):
+    run = request.getfixturevalue(kind)
+    code = (run.policy / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    capsys.readouterr()
+    torch.manual_seed(0)
+    exec(code.replace("path/to/this/folder", str(run.policy)).replace("=128", "=8"), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_card_of_an_adapter(adapters):
     card = (adapters.policy / "README.md").read_text()
     assert front(adapters.policy)["library_name"] == "peft"
@@ -479,7 +489,7 @@ def test_newest_checkpoint_below_a_folder(full, tmp_path, capsys):
 
 def test_checkpoint_that_is_none(fails, full, tmp_path):
     assert fails(ckpt=tmp_path / "none").startswith(f"--ckpt: {tmp_path}/none does not exist")
-    assert "is no checkpoint" in fails(ckpt=tmp_path)
+    assert "has no complete checkpoint below it" in fails(ckpt=tmp_path)
     (tmp_path / "text.ckpt").write_text("text")
     assert "text.ckpt is no checkpoint" in fails(ckpt=tmp_path / "text.ckpt")
     cut = tmp_path / "cut.ckpt"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from lightning import Trainer
+
 from iqstar.errors import InputError
 from iqstar.mdp import PromptBatch
 
@@ -21,10 +25,34 @@ def accumulation_window(batch: PromptBatch, done: int, accumulate: int, left: in
     most = min(accumulate - done, left)
     window = range(batch.step, int(min(batch.step + most, batch.steps)))
     if len(window) < most and not batch.last:
-        raise InputError(
-            f"trainer.accumulate_grad_batches: an optimiser step takes {accumulate} "
-            f"micro-batches, but the rollout of {len(batch.prompts)} prompts has "
-            f"{batch.steps}, which is not a multiple; choose data.batch_size, "
-            "model.rollout.responses_per_prompt and model.micro_batch_size so that it is"
-        )
+        raise _uneven(accumulate, len(batch.prompts), batch.steps)
     return window
+
+
+def check_whole_windows(trainer: Trainer, training_steps: Callable[[int], int]) -> None:
+    """Checks that rollouts hold whole accumulation windows, before anything is computed.
+
+    What the data does not tell is left to :func:`accumulation_window`.
+
+    Args:
+        trainer: With its data module.
+        training_steps: Number of prompts of a rollout → training steps on it.
+
+    Raises:
+        InputError: If a window would go on in another rollout.
+    """
+    data, accumulate = getattr(trainer, "datamodule", None), trainer.accumulate_grad_batches
+    size, prompts = getattr(data, "batch_size", 0), len(getattr(data, "train_prompts", ()))
+    if prompts <= size * trainer.world_size or trainer.limit_train_batches != 1.0:
+        return  # there is no other rollout in an epoch
+    if training_steps(size) % accumulate:
+        raise _uneven(accumulate, size, training_steps(size))
+
+
+def _uneven(accumulate: int, prompts: int, steps: int) -> InputError:
+    return InputError(
+        f"trainer.accumulate_grad_batches: an optimiser step takes {accumulate} micro-batches, "
+        f"but the rollout of {prompts} prompts has {steps}, which is not a multiple; choose "
+        "data.batch_size, model.rollout.responses_per_prompt and model.micro_batch_size so that "
+        "it is"
+    )

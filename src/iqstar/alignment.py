@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from iqstar.accumulation import accumulation_window
+from iqstar.accumulation import accumulation_window, check_whole_windows
 from iqstar.assignment import MicroBatch, assign_credit, credit_rows
 from iqstar.curves import TRAIN_MEANS, Sums, micro_batch_sums, window_curves
 from iqstar.errors import InputError, NonFiniteLossError
@@ -154,6 +154,11 @@ class AlignmentModule(TrainedModule):
         """Training steps on the rollout of that many prompts; the data module asks for it."""
         rows = prompts * self.rollout.responses_per_prompt
         return math.ceil(rows / (self.micro_batch_size or rows)) * self.epochs_per_rollout
+
+    def setup(self, stage: str) -> None:
+        """Checks what needs no model, before one is loaded."""
+        if stage == "fit":
+            check_whole_windows(self.trainer, self.training_steps)
 
     # -- the method --------------------------------------------------------------------------
 

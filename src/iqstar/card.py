@@ -61,19 +61,19 @@ BASELINES = {
 }
 """By the name of the class: the method, and what a model's card says of it."""
 PACKAGES = ("torch", "transformers", "lightning", "peft")
-USE = {
-    "transformers": """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")""",
-    "peft": """\
-from peft import AutoPeftModelForCausalLM
+LOADERS = {"transformers": "AutoModelForCausalLM", "peft": "AutoPeftModelForCausalLM"}
+USE = """\
+from {library} import {loader}
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")""",
-}
+folder = "path/to/this/folder"
+model, tokenizer = {loader}.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+asked = tokenizer.apply_chat_template(
+    [{{"role": "user", "content": "Hello!"}}], add_generation_prompt=True, return_dict=True,
+    return_tensors="pt",
+)
+reply = model.generate(**asked, max_new_tokens=128)[0, asked["input_ids"].shape[1] :]
+print(tokenizer.decode(reply, skip_special_tokens=True))"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ def model_card(
         "## How it was made",
         f"```sh\n{record.command}\n```" if record.command else "Its command was not recorded.",
         "## Use",
-        f"```python\n{USE[library]}\n```",
+        f"```python\n{USE.format(library=library, loader=LOADERS[library])}\n```",
         *_stops(given, spec),
         "The licence of the base model applies.",
     ]

@@ -122,6 +122,12 @@ def check_complete(path: Path, key: str = "--ckpt_path") -> None:
             f"{key}: {path} does not exist; give a .ckpt file or folder of an earlier run, "
             "such as runs/quickstart/version_0/checkpoints/last.ckpt"
         )
+    is_folder = path.is_dir() and path.suffix not in (".ckpt", PART)
+    if is_folder and not is_complete(path) and newest_checkpoint(path) is None:
+        raise InputError(
+            f"{key}: {path} has no complete checkpoint below it; give a .ckpt file or folder, or "
+            "the folder of a run that saved one"
+        )
     if path.name.endswith(PART) or not is_complete(path):
         newest = newest_checkpoint(path if path.is_dir() else path.parent)
         instead = f"; the newest complete one there is {newest}" if newest else ""
@@ -137,6 +143,14 @@ def newest_checkpoint(folder: Path) -> Path | None:
     )
     complete = [p for p in found if is_complete(p)]
     return max(complete, key=_written, default=None)
+
+
+def checkpoint_at(path: str | Path) -> Path:
+    """The checkpoint that a path names: itself, or the newest complete one below a folder."""
+    path = Path(path).expanduser()
+    if not path.is_dir() or is_complete(path):
+        return path
+    return newest_checkpoint(path) or path
 
 
 def read_checkpoint(path: Path, key: str = "--ckpt_path", optimizer: bool = True) -> dict[str, Any]:
@@ -171,6 +185,13 @@ def _unreadable(path: Path, key: str, error: Exception) -> InputError:
 def read_meta(folder: Path) -> dict[str, Any]:
     """What a sharded checkpoint holds besides weights and optimiser states."""
     return dict(torch.load(folder / META, map_location="cpu", weights_only=True))
+
+
+def recipe_of(path: Path) -> str | None:
+    """The settings of the run that made a checkpoint, as YAML; None for a run from Python."""
+    whole = read_meta(path) if path.is_dir() else read_checkpoint(path)
+    recipe: str | None = whole.get("iqstar", {}).get("recipe")
+    return recipe
 
 
 def weight_names(folder: Path) -> set[str]:

@@ -6,17 +6,23 @@ from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser
 
 from iqstar.data import PromptDataModule
 from iqstar.errors import InputError
 from iqstar.loading import load_reference
 from iqstar.module import InverseQStar
 from iqstar.policy import Policy
-from iqstar.training_cli import IQStarCLI
+from iqstar.training_cli import IQStarCLI, add_options_of_a_run
 
 
 class OneDeviceCLI(IQStarCLI):
     """Reads what ``iqstar fit`` reads; its trainer has one device and leaves no run behind."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what a run's own ``config.yaml`` holds besides."""
+        super().add_arguments_to_parser(parser)
+        add_options_of_a_run(parser)
 
     def _parse_ckpt_path(self) -> None:
         """There is none: credit is that of the model before training."""

@@ -188,8 +188,8 @@ def _check_folder(path: Path, model: str, key: str) -> None:
         return
     if (path / "adapter_config.json").is_file():
         raise InputError(
-            f"{key}: {model} is a LoRA adapter, not a whole model; give a model into which "
-            "it was merged"
+            f"{key}: {model} is a LoRA adapter, not a whole model; give one into which it was "
+            "merged, as iqstar export --ckpt RUN --out FOLDER --merge does"
         )
     ggufs = sorted(path.glob("*.gguf"))
     remedy = (

@@ -11,10 +11,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -24,6 +26,13 @@ from iqstar.errors import InputError
 from iqstar.evaluation import Evaluation
 from iqstar.mdp import Message, Prompt, Rollout, make_rollout
 from iqstar.policy import CausalLM, Policy
+
+FILES = "data.init_args.path"
+IDENTITY = (
+    "model.class_path", "model.init_args.estimator", "model.init_args.loss",
+    "data.class_path", FILES,
+)  # fmt: skip
+"""Settings without which a run is another one."""
 
 
 def frozen_fingerprints(policy: Policy | None, estimator: nn.Module) -> dict[str, str]:
@@ -55,6 +64,38 @@ def check_same_frozen(saved: dict[str, str], here: dict[str, str]) -> None:
                 f"{then} there, {now} here); give the same model.policy.model and "
                 "model.estimator, or a checkpoint of these"
             )
+
+
+def check_same_run(path: Path, saved: str | None, here: str | None) -> None:
+    """Checks that the newest checkpoint is one of the run that is to go on.
+
+    Steps, rates and the like may change from stop to stop; what is learnt, and from what, may not.
+
+    Args:
+        path: The checkpoint.
+        saved: The settings it was made with, as YAML; None where they are not known.
+        here: Those of this run.
+
+    Raises:
+        InputError: If it is of a run with another method, estimator, loss or data set.
+    """
+    then, now = (yaml.safe_load(text) if text else {} for text in (saved, here))
+    for key in IDENTITY if then and now else ():
+        if _at(then, key) != _at(now, key):
+            raise InputError(
+                f"--ckpt_path last: the newest checkpoint, {path}, is of a run with another {key}; "
+                "give the path of the one that you mean, or each run a folder of its own with "
+                "trainer.logger.init_args.name"
+            )
+
+
+def _at(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    if key == FILES and settings:
+        paths = [settings] if isinstance(settings, str) else settings
+        return [Path(path).expanduser().resolve() for path in paths]
+    return settings
 
 
 def count_batches_as_the_loader(trainer: Trainer) -> None:

@@ -11,10 +11,12 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -81,6 +83,9 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
             continue
         path = tuple(flag.removeprefix("--").removesuffix("+").split("."))
         settings.append(Setting(path=path, value=value, place=""))
+        with suppress(yaml.YAMLError):  # the parser will say so
+            if value.startswith("{") and (node := yaml.compose(value, Loader=yaml.SafeLoader)):
+                settings += _walk(node, path)
         if value.endswith(YAML_SUFFIXES) and path[-1] not in DATA_KEYS:
             if not (exists := Path(value).is_file()) and " " in value:
                 continue  # a text, such as a principle
@@ -114,7 +119,7 @@ def read_yaml(file: Path, prefix: tuple[str, ...] = ()) -> list[Setting]:
     return list(_walk(root, prefix, file))
 
 
-def _walk(node: yaml.Node, path: tuple[str, ...], file: Path) -> Iterator[Setting]:
+def _walk(node: yaml.Node, path: tuple[str, ...], file: Path | None = None) -> Iterator[Setting]:
     items: list[tuple[str, yaml.Node, int]] = []
     if isinstance(node, yaml.MappingNode):
         items = [(str(k.value), v, k.start_mark.line) for k, v in node.value]
@@ -122,7 +127,8 @@ def _walk(node: yaml.Node, path: tuple[str, ...], file: Path) -> Iterator[Settin
         items = [(str(i), v, v.start_mark.line) for i, v in enumerate(node.value)]
     for key, value, line in items:
         text = value.value if isinstance(value, yaml.ScalarNode) else ""
-        yield Setting(path=(*path, key), value=text, place=f"{file}:{line + 1}")
+        place = f"{file}:{line + 1}" if file else ""
+        yield Setting(path=(*path, key), value=text, place=place)
         yield from _walk(value, (*path, key), file)
 
 
@@ -379,11 +385,14 @@ def _no_class(name: str, bases: Sequence[type]) -> str:
     """What to say of a class path that names no fitting class."""
     choices = {cls.__name__: public_path(cls) for cls in reversed(subclasses(bases))}
     module, _, last = name.rpartition(".")
-    if not choices and module:
-        try:
-            names = vars(import_module(module))
-        except (ImportError, ValueError):
-            return f"there is no module {module}; check the class path {name}"
+    names, without = dict[str, Any](), ""
+    try:
+        names = vars(import_module(module)) if module else names
+    except (ImportError, ValueError) as error:
+        if not f"{module}.".startswith(f"{getattr(error, 'name', None)}."):
+            return f"{name} cannot be imported ({error}); mend its file or install what it needs"
+        without = f" (there is no module {module})"
+    if not choices:
         choices = {n: f"{module}.{n}" for n, c in names.items() if inspect.isclass(c)}
     near = difflib.get_close_matches(last, choices, n=1, cutoff=0.5)
     if near:
@@ -391,7 +400,7 @@ def _no_class(name: str, bases: Sequence[type]) -> str:
     else:
         own = [c for c in choices.values() if c.startswith("iqstar.")]
         hint = f"choose one of {', '.join(own or choices.values()) or 'the installed ones'}"
-    return f"{name} is no class that fits here; {hint}"
+    return f"{name} is no class that fits here{without}; {hint}"
 
 
 def _shortened(text: str) -> str:

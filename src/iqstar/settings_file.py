@@ -14,7 +14,8 @@ from iqstar.run_folder import run_folder
 class SettingsFile(SaveConfigCallback):
     """Writes all settings of a run to ``config.yaml`` in its folder.
 
-    Without a logger it writes none: the file could be one of the user's.
+    Not what it went on from, so that the file makes the whole run again. Without a logger it writes
+    none: the file could be one of the user's.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -30,4 +31,6 @@ class SettingsFile(SaveConfigCallback):
         """Writes the file, on the first rank."""
         if self._folder is not None:
             file = str(self._folder / self.config_filename)
-            self.parser.save(self.config, file, skip_none=False, overwrite=True, multifile=False)
+            config = self.config.clone()
+            config.pop("ckpt_path", None)
+            self.parser.save(config, file, skip_none=False, overwrite=True, multifile=False)

@@ -25,7 +25,13 @@ from iqstar.alignment import AlignmentModule
 from iqstar.callbacks import KLLimit, PredictionWriter, SampleTable
 from iqstar.chatter import less_chatter
 from iqstar.checkpoint_callback import RunCheckpoint
-from iqstar.checkpoints import AtomicCheckpointIO, check_complete, newest_checkpoint
+from iqstar.checkpoints import (
+    AtomicCheckpointIO,
+    check_complete,
+    checkpoint_at,
+    newest_checkpoint,
+    recipe_of,
+)
 from iqstar.data import PromptDataModule
 from iqstar.defaults import as_settings, default_model, default_trainer
 from iqstar.errors import InputError
@@ -34,6 +40,7 @@ from iqstar.foreign_errors import explained
 from iqstar.precision import check_precision, default_precision
 from iqstar.preemption import Preemption
 from iqstar.progress import ProgressBar, WeightsLine
+from iqstar.resume import check_same_run
 from iqstar.run_folder import runs_folder
 from iqstar.settings import CONFIG_FLAGS, Explainer, Setting, read_settings
 from iqstar.settings_file import SettingsFile
@@ -55,6 +62,8 @@ ROOTS = {
 """Top-level keys of a config, and the classes that take what is below them."""
 KEYWORDS = ("last", "hpc")
 """What ``--ckpt_path`` may be besides a path."""
+OF_A_RUN = ("ckpt_path", "weights_only")
+"""Options of Lightning's sub-commands, which the ``config.yaml`` of a run holds too."""
 CLI_OPTIONS: dict[str, Any] = {
     "model_class": AlignmentModule,
     "datamodule_class": PromptDataModule,
@@ -97,7 +106,7 @@ def run_training(command: str, arguments: list[str]) -> None:
         def subcommands() -> dict[str, set[str]]:
             return {command: LightningCLI.subcommands()[command]}
 
-    with readable_errors(settings, ("ckpt_path", "weights_only")), less_chatter():
+    with readable_errors(settings), less_chatter():
         OneCommandCLI(
             args=[command, *arguments],
             parser_kwargs={
@@ -134,11 +143,17 @@ def asked_for_validation(config: Mapping[str, Any]) -> bool:
     )
 
 
+def add_options_of_a_run(parser: LightningArgumentParser) -> None:
+    """Lets a command that trains nothing take the ``config.yaml`` of a run as it is."""
+    for name in OF_A_RUN:
+        parser.add_argument(f"--{name}", default=None, help=SUPPRESS)
+
+
 class IQStarCLI(LightningCLI):
     """Lightning's CLI with this project's defaults.
 
     A value on the command line wins over one in a config, and a later config over an earlier one.
-    Checkpoints hold weights and state only, no settings.
+    The settings in a checkpoint are a record, and never applied.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -166,7 +181,7 @@ class IQStarCLI(LightningCLI):
         """Checks that the checkpoint is one; its own settings are left alone."""
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path not in (None, *KEYWORDS) and not str(path).startswith("registry"):
-            check_complete(Path(path).expanduser())
+            check_complete(checkpoint_at(path))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Finds the checkpoint that ``last`` means."""
@@ -174,8 +189,8 @@ class IQStarCLI(LightningCLI):
         path = arguments.get("ckpt_path")
         if path == "last":
             arguments["ckpt_path"] = self._last_checkpoint(subcommand)
-        elif path is not None and str(path).startswith("~"):
-            arguments["ckpt_path"] = Path(path).expanduser()
+        elif path not in (None, *KEYWORDS) and not str(path).startswith("registry"):
+            arguments["ckpt_path"] = checkpoint_at(path)
         return arguments
 
     def _last_checkpoint(self, subcommand: str) -> Path | None:
@@ -190,6 +205,8 @@ class IQStarCLI(LightningCLI):
         if found is None:
             rank_zero_info("No checkpoint yet below %s: starting from the beginning", folder)
         else:
+            if subcommand == "fit":
+                check_same_run(found, recipe_of(found), self.model.recipe)
             rank_zero_info("Going on from %s", found)
         return found
 
@@ -278,7 +295,7 @@ def readable_errors(
     except InputError:
         raise
     except ArgumentError as error:
-        keys = [*ROOTS, "seed_everything", "config", *options]
+        keys = [*ROOTS, "seed_everything", "config", *OF_A_RUN, *options]
         every = [*as_settings(default_model(settings)), *settings]
         raise Explainer(every, {**ROOTS, **classes}, keys).explain(error.message) from error
     except Exception as error:

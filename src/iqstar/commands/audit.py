@@ -6,14 +6,17 @@ Example:
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import re
 import sys
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +24,7 @@ from rich.table import Table
 from iqstar import data as data_modules
 from iqstar.data import PromptDataModule
 from iqstar.errors import InputError
+from iqstar.settings import read_settings
 from iqstar.signatures import parameters
 
 MEANINGS = {
@@ -48,11 +52,14 @@ def main(argv: list[str]) -> int:
     Raises:
         InputError: If the arguments are wrong or the data cannot be read.
     """
-    parser = _parser()
-    if not any(a.partition("=")[0] in ("--data", "--data.help", "-h", "--help") for a in argv):
-        raise InputError(f"--data is missing; give one of {', '.join(_names())}")
+    given = {argument.partition("=")[0] for argument in argv}
+    if not given & {"--config", "--data", "--data.help", "-h", "--help"}:
+        raise InputError(
+            f"--data is missing; give one of {', '.join(_names())}, or --config FILE with its data"
+        )
+    parser, own = _parser(argv)
     try:
-        config = parser.parse_args(argv)
+        config = parser.parse_args(own)
         data = parser.instantiate(config).data
     except ArgumentError as error:
         raise _explain(str(error), argv) from error
@@ -83,15 +90,27 @@ def print_report(report: Mapping[str, Any], title: str) -> None:
         console.print(f"[bold]{key.replace('_', ' ')}[/bold]: {value}", highlight=False)
 
 
-def _parser() -> ArgumentParser:
+def _parser(argv: list[str]) -> tuple[ArgumentParser, list[str]]:
+    """The parser, with the data set of a run's YAML as its default, and what it is to parse."""
     parser = ArgumentParser(
         prog="iqstar audit",
         exit_on_error=False,
         description="Reports what a data set holds and what the filters leave of it.",
+        epilog="--config FILE takes the data set of a run's YAML.",
     )
     parser.add_subclass_arguments(PromptDataModule, "data", required=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config", type=Path)
+    found, others = before.parse_known_args(argv)
+    if file := found.config:
+        read_settings(["--config", str(file)])  # names the line of what is no YAML
+        data = yaml.safe_load(file.read_text(encoding="utf-8")).get("data")
+        if data is not None:
+            parser.set_defaults({"data": data})
+        elif "--data" not in {argument.partition("=")[0] for argument in others}:
+            raise InputError(f"--config: {file} has no data; give it there or with --data")
+    return parser, others
 
 
 def _names() -> list[str]:

@@ -24,7 +24,7 @@ from rich.progress import track
 from iqstar import __version__
 from iqstar.atomic import written_beside
 from iqstar.chatter import less_chatter
-from iqstar.checkpoints import check_complete, newest_checkpoint
+from iqstar.checkpoints import check_complete, checkpoint_at, newest_checkpoint
 from iqstar.commands.options import writable
 from iqstar.commands.sides import KEY, PolicySource, load_sides, told_principle
 from iqstar.data.categories import categories_by_prompt
@@ -76,7 +76,7 @@ class EvalCLI(OneDeviceCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds this command's own options."""
         super().add_arguments_to_parser(parser)
-        for name in ("ckpt_path", "policy", "output", "safety_judge"):
+        for name in ("policy", "output", "safety_judge"):
             parser.add_argument(f"--{name}", type=str | None, default=None)
         parser.add_argument("--limit", type=int | None, default=None)
         parser.add_argument("--tie_margin", type=float, default=0.0)
@@ -89,7 +89,7 @@ class EvalCLI(OneDeviceCLI):
         """Checks that the checkpoint is one, before anything is built."""
         path = self.config.get("ckpt_path")
         if path not in (None, "last"):
-            check_complete(Path(path).expanduser(), KEY)
+            check_complete(checkpoint_at(path), KEY)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         own = config["logger"]
@@ -115,7 +115,7 @@ class EvalCLI(OneDeviceCLI):
                 raise InputError(f"{KEY} last: there is no complete checkpoint below {self.runs}")
         # A link such as last.ckpt means another file tomorrow.
         return PolicySource(
-            checkpoint=Path(checkpoint).expanduser().resolve() if checkpoint else None, model=model
+            checkpoint=checkpoint_at(checkpoint).resolve() if checkpoint else None, model=model
         )
 
 

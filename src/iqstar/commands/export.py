@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from iqstar.adapters import with_adapters
 from iqstar.card import model_card, record_of_checkpoint
-from iqstar.checkpoints import is_complete, newest_checkpoint, read_checkpoint
+from iqstar.checkpoints import checkpoint_at, read_checkpoint
 from iqstar.commands.options import OptionParser, path
 from iqstar.errors import InputError
 from iqstar.export import SHARD_SIZE, Dtype, check_replaceable, check_shard_size, export_policy
@@ -73,13 +73,6 @@ def main(argv: list[str]) -> int:
     )
     sys.stdout.write(f"Exported {ckpt} to {out}\n")
     return 0
-
-
-def checkpoint_at(path: Path) -> Path:
-    """The checkpoint that a path names: itself, or the newest complete one below a folder."""
-    if not path.is_dir() or is_complete(path):
-        return path
-    return newest_checkpoint(path) or path
 
 
 def policy_spec(settings: Mapping[str, Any], where: str) -> PolicySpec:

@@ -26,6 +26,7 @@ from iqstar.precision import default_precision
 from iqstar.training_cli import (
     CLI_OPTIONS,
     IQStarCLI,
+    add_options_of_a_run,
     given_settings,
     readable_errors,
 )
@@ -58,6 +59,7 @@ class PlanCLI(IQStarCLI):
         parser.add_argument("--prompt_tokens", type=int | None, default=None)
         parser.add_argument("--architecture", type=str | None, default=None)
         parser.add_argument("--json", action="store_true")
+        add_options_of_a_run(parser)
 
     def _parse_ckpt_path(self) -> None:
         """There is none."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,6 +83,8 @@ def _files_of(place: Path, entry: str, key: str, hub_id: str | None) -> list[Pat
         return found
     if not place.exists():
         hub = f", or leave {key} out to read {hub_id} from the hub" if hub_id else ""
+        if not hub and re.fullmatch(r"[\w.-]+/[\w.-]+", entry):
+            hub = f" (from the hub: hf download {entry} --repo-type dataset --local-dir FOLDER)"
         raise InputError(f"{key}: no such file or folder: {entry}; give an existing one{hub}")
     if not _is_data(place):
         raise InputError(f"{key}: cannot read {entry}; expected a file ending in {known}")
