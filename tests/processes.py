@@ -1,9 +1,11 @@
-"""Two gloo processes on this machine, for whatever is distributed."""
+"""Processes forked off a server that has imported what takes seconds, once for all tests."""
 
 import faulthandler
 import multiprocessing
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,83 @@ from typing import Any
 import torch
 from torch import distributed
 
+#: What a run imports, late parts too.
+PRELOADED = [
+    "iqstar.training_cli",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "torch.utils.tensorboard",
+    "torch._dynamo",
+    "fitting",
+]
+
+
+def forked(*arguments: str, before: Callable[[], Any] = int) -> tuple[int, str]:
+    """Exit code and output of an ``iqstar`` command in a process of its own.
+
+    Args:
+        arguments: Of the command.
+        before: Called in the process first; a function of a module.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as log:
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_command, args=(log.name, arguments, before)
+        )
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None, "it does not end"
+        return process.exitcode, log.read()
+
+
+def _command(log: str, arguments: tuple[str, ...], before: Callable[[], Any]) -> None:
+    from iqstar.cli import main
+
+    torch.set_num_threads(1)  # as in all tests (conftest.py)
+    for name in [n for n in os.environ if n.startswith(("MASTER_", "PL_"))]:
+        del os.environ[name]
+    with open(log, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    before()
+    code = main(list(arguments))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class ForkedRun(subprocess.Popen):
+    """``iqstar fit`` as a comparison starts it, but forked."""
+
+    def __init__(self, line: list[str], stdout: Any, stderr: Any) -> None:
+        assert line[:3] == [sys.executable, "-m", "iqstar.cli"]
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        self._process = multiprocessing.get_context("forkserver").Process(
+            target=_command, args=(stdout.name, tuple(line[3:]), int)
+        )
+        self._process.start()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """The exit code."""
+        self._process.join(timeout)
+        return self._process.exitcode
+
+
+def fit_in_two(out: Path, *arguments: str) -> None:
+    """``iqstar fit`` as the two processes that Lightning would start for it."""
+    assert two_processes(_fitted, out, arguments) == [0, 0]
+
+
+def _fitted(rank: int, arguments: tuple[str, ...]) -> int:
+    from iqstar.cli import main
+
+    return main(["fit", *arguments])
+
 
 def two_processes(work: Callable[..., Any], out: Any, *args: Any) -> list[Any]:
-    """What ``work(rank, *args)`` returned in two processes, which meet in the folder ``out``.
-
-    They are forked off a server that has imported what takes seconds, once for all tests.
-    """
-    multiprocessing.set_forkserver_preload(["iqstar.training_cli"])
+    """What ``work(rank, *args)`` returned in two gloo processes, which meet in ``out``."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
     torch.multiprocessing.start_processes(
         _one_of_two, (work, str(out), args), nprocs=2, start_method="forkserver"
     )

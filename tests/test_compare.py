@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -36,6 +37,7 @@ from iqstar.compare.runner import execute, settings_of
 from iqstar.compare.setting import NO_ESTIMATOR, build, check
 from iqstar.errors import InputError
 from iqstar.summary import write_json
+from processes import ForkedRun
 
 NAN = math.nan
 CONFIG = Path(__file__).parents[1] / "configs" / "compare.yaml"
@@ -420,10 +422,20 @@ def test_a_small_comparison_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     """DPO on pairs of its own, and a control; a second call makes nothing again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    real = subprocess.Popen
+    started: list[Any] = []
+
+    def start(line: list[str], **streams: Any) -> Any:
+        """The first run is a process as a user's is, the others are forked."""
+        started.append((ForkedRun if started else real)(line, **streams))
+        return started[-1]
+
+    monkeypatch.setattr("iqstar.compare.runner.subprocess.Popen", start)
     file = small(tmp_path, tiny, dpo={}, **{"null": {}})
     arguments = ["compare", "--config", str(file), "--output", "out"]
     code, err = run_cli(capsys, *arguments)
     assert code == 0, err
+    assert len(started) > 2
     assert "left out whose responses the judge ties" in err
     report = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| dpo |" in report

@@ -18,6 +18,7 @@ from iqstar.export_callback import Export
 from iqstar.judges import harm
 from iqstar.mdp import Message
 from iqstar.module import InverseQStar
+from processes import fit_in_two
 from tiny import BOS, EOS, reward_folder, tiny_folder, tiny_tokenizer
 from vllm_stand_in import stand_in
 
@@ -221,7 +222,7 @@ def test_groups_combine(file):
 @pytest.mark.parametrize("file", GROUPS, ids=names(GROUPS))
 def test_groups_train(file, tmp_path, tiny):
     argv = arguments(EXPERIMENTS[0], tmp_path, tiny)
-    argv += [f"--model.{file.parent.name}", str(file)]
+    argv += [f"--model.{file.parent.name}", str(file), "--trainer.limit_val_batches", "0"]
     if file.stem == "aligned_pair":  # another model of the same vocabulary
         argv += ["--model.estimator.aligned", str(tiny_folder(tmp_path / "aligned", seed=1))]
     assert main(["fit", *argv]) == 0
@@ -271,11 +272,16 @@ def test_scored_rollouts_train(tmp_path, tiny):
 
 @pytest.mark.parametrize("file", STRATEGIES, ids=names(STRATEGIES))
 def test_strategies_train(file, tmp_path, tiny):
-    """On two processes of their own, but for the one that is of one device."""
+    """On two processes, but for the one that is of one device; DDP's are Lightning's own."""
     argv = [*arguments(EXPERIMENTS[0], tmp_path, tiny), "--config", str(file)]
-    count = "1" if yaml.safe_load(file.read_text())["trainer"]["devices"] == 1 else "2"
-    code, output = end(launch("-m", "iqstar.cli", "fit", *argv, "--trainer.devices", count))
-    assert code == 0, output
+    two = [*argv, "--trainer.devices", "2"]
+    if file.stem == "single":
+        assert main(["fit", *argv]) == 0
+    elif file.stem == "ddp":
+        code, output = end(launch("-m", "iqstar.cli", "fit", *two))
+        assert code == 0, output
+    else:
+        fit_in_two(tmp_path, *two)
     assert summary_of(tmp_path)["optimizer_steps"] == 2
 
 

@@ -24,7 +24,7 @@ from iqstar.checkpoints import (
 )
 from iqstar.cli import main
 from iqstar.errors import InputError, PreemptedError
-from processes import two_processes
+from processes import forked, two_processes
 
 TESTS = Path(__file__).parent
 
@@ -47,7 +47,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path, tiny, kills):
     """SIGKILL at random moments, during saves too; the end is that of an undisturbed run."""
-    settings = {"trainer__max_steps": 60 + 20 * kills, "summary": {"examples": 0}}
+    steps = {1: 16, 20: 460}[kills]  # more than all of its children get to before they are killed
+    settings = {"trainer__max_steps": steps, "summary": {"examples": 0}}
     killed, calm = tmp_path / "killed", tmp_path / "calm"
     killed.mkdir()
     calm.mkdir()
@@ -146,18 +147,19 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, tiny):
     config = str(configure(tmp_path, tiny))
     assert main(["fit", "--config", config]) == 0
     before = newest_checkpoint(tmp_path)
-    script = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "from iqstar import training_cli; from iqstar.cli import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(main())"
-    )
     options = ["--ckpt_path", "last", "--trainer.max_steps", "5"]
-    code, output = end(launch("-c", script, "fit", "--config", config, *options))
+    code, output = forked("fit", "--config", config, *options, before=no_large_files)
     assert code == 2, output
     assert "checkpoint: cannot write" in output
     assert "checkpoints saved before are untouched" in output
     assert newest_checkpoint(tmp_path) == before
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000  # not of this process
+
+
+def no_large_files() -> None:
+    """Writing beyond 100 kB fails from now on."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 def test_a_run_stopped_after_its_last_step_is_finished_by_the_next(tmp_path, tiny):
@@ -184,11 +186,22 @@ EVALUATED = {
 }
 
 
+FIVE_STEPS = {**EVALUATED, "trainer__max_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tiny, tmp_path_factory) -> Path:
+    """The folder of a run of five steps."""
+    folder = tmp_path_factory.mktemp("never_stopped")
+    assert main(["fit", "--config", str(configure(folder, tiny, **FIVE_STEPS))]) == 0
+    return folder
+
+
 def stop(folder: Path, model: Path, settings: dict, when: dict, *more: str) -> None:
     """A run that is told to stop at some moment, and does."""
     told = {"class_path": "dying.Stopped", "init_args": when}
     config = configure(folder, model, **settings, trainer__callbacks=[told])
-    code, output = end(launch("-m", "iqstar.cli", "fit", "--config", str(config), *more))
+    code, output = forked("fit", "--config", str(config), *more)
     assert code == 143, output
 
 
@@ -202,16 +215,12 @@ def stop(folder: Path, model: Path, settings: dict, when: dict, *more: str) -> N
     ],
     ids=["before it", "in it", "at its end", "elsewhere"],
 )
-def test_a_stop_around_an_evaluation_loses_none_of_it(tmp_path, tiny, when):
+def test_a_stop_around_an_evaluation_loses_none_of_it(tmp_path, tiny, never_stopped, when):
     """The run that goes on has the evaluations of one that was never stopped, each once."""
-    settings = {**EVALUATED, "trainer__max_steps": 5}
-    stopped, calm = tmp_path / "stopped", tmp_path / "calm"
-    stopped.mkdir()
-    calm.mkdir()
-    stop(stopped, tiny, settings, when)
-    config = configure(stopped, tiny, **settings)
+    stopped, calm = tmp_path, never_stopped
+    stop(stopped, tiny, FIVE_STEPS, when)
+    config = configure(stopped, tiny, **FIVE_STEPS)
     assert main(["fit", "--config", str(config), "--ckpt_path", "last"]) == 0
-    assert main(["fit", "--config", str(configure(calm, tiny, **settings))]) == 0
     found, undisturbed = (
         json.loads(next(folder.rglob("summary.json")).read_text())["evaluations"]
         for folder in (stopped, calm)

@@ -97,7 +97,8 @@ CASES = [("bf16-mixed", "full", name) for name in LOSSES] + [
 
 
 @pytest.mark.parametrize(("precision", "weights", "loss"), CASES)
-def test_the_null_estimator_moves_no_bit_in_20_steps(dropping, precision, weights, loss):
+def test_the_null_estimator_moves_no_bit(dropping, precision, weights, loss):
+    """Over two rollouts of four steps each; every gradient is exactly 0, so nothing can add up."""
     module = make_module(
         dropping,
         NullEstimator(),
@@ -108,8 +109,8 @@ def test_the_null_estimator_moves_no_bit_in_20_steps(dropping, precision, weight
     before = {}
     hook = InverseQStar.on_train_start
     module.on_train_start = lambda: (before.update(copied(trained(module))), hook(module))
-    run = fit(module, precision=precision, max_steps=20)
-    assert run.losses == [0.0] * 20
+    run = fit(module, precision=precision, max_steps=8)
+    assert run.losses == [0.0] * 8
     assert all(torch.count_nonzero(g) == 0 for g in run.gradients)
     assert {c["train/credit"] for c in run.curves} == {0.0}
     assert same_bits(before, trained(module))

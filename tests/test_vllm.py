@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from cli_tools import end, launch, tiny_config
+from cli_tools import tiny_config
 from fitting import LORA, PROMPTS, ask, attach, fit, make_module
 from iqstar.adapters import LoRASpec
 from iqstar.cli import main
@@ -20,6 +20,7 @@ from iqstar.policy import PolicySpec
 from iqstar.rollouts import rollout_seed
 from iqstar.vllm_rollout import VLLMRollout
 from iqstar.weight_files import effective_weights
+from processes import fit_in_two
 from tiny import tiny_folder
 from vllm_stand_in import stand_in
 
@@ -227,8 +228,7 @@ def test_two_processes_share_one_server(tmp_path, tiny, server, strategy, lora):
     config["model"]["init_args"]["policy"]["lora"] = lora
     config["trainer"] |= {"devices": 2, "strategy": strategy}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    code, output = end(launch("-m", "iqstar.cli", "fit", "--config", str(tmp_path / "run.yaml")))
-    assert code == 0, output
+    fit_in_two(tmp_path, "--config", str(tmp_path / "run.yaml"))
     assert server.log.count("load") == 2
     assert server.log.count("generate") == 2 * 2 * 4
     seeds = [body["sampling_params"]["seed"] for body in server.asked]
