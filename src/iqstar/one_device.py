@@ -13,7 +13,7 @@ from iqstar.errors import InputError
 from iqstar.loading import load_reference
 from iqstar.module import InverseQStar
 from iqstar.policy import Policy
-from iqstar.training_cli import IQStarCLI, add_options_of_a_run
+from iqstar.training_cli import IQStarCLI, add_options_of_a_run, refuse_checkpoint
 
 
 class OneDeviceCLI(IQStarCLI):
@@ -26,6 +26,7 @@ class OneDeviceCLI(IQStarCLI):
 
     def _parse_ckpt_path(self) -> None:
         """There is none: credit is that of the model before training."""
+        refuse_checkpoint(self.config.get("ckpt_path"))
 
     def _set_seed(self) -> None:
         """Nothing is drawn."""

@@ -149,6 +149,19 @@ def add_options_of_a_run(parser: LightningArgumentParser) -> None:
         parser.add_argument(f"--{name}", default=None, help=SUPPRESS)
 
 
+def refuse_checkpoint(path: str | None) -> None:
+    """For commands that ask the model before training.
+
+    Raises:
+        InputError: If there is a checkpoint.
+    """
+    if path is not None:
+        raise InputError(
+            f"--ckpt_path: got {path}, but this command asks the model before training; leave it "
+            "out, or give model.policy.model the folder of an exported model"
+        )
+
+
 class IQStarCLI(LightningCLI):
     """Lightning's CLI with this project's defaults.
 

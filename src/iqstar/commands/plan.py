@@ -29,6 +29,7 @@ from iqstar.training_cli import (
     add_options_of_a_run,
     given_settings,
     readable_errors,
+    refuse_checkpoint,
 )
 
 HELP = """usage: iqstar plan --config FILE [--KEY VALUE ...] [options]
@@ -63,6 +64,7 @@ class PlanCLI(IQStarCLI):
 
     def _parse_ckpt_path(self) -> None:
         """There is none."""
+        refuse_checkpoint(self.config.get("ckpt_path"))
 
     def _set_seed(self) -> None:
         """Nothing is drawn."""
