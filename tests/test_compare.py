@@ -141,6 +141,8 @@ def test_the_shipped_comparison_is_that_of_the_docs():
     assert ppo.steps(16) == 80
     fast = read_comparison(CONFIG, fast=True)
     assert fast.sweep_responses == 4
+    assert {m.name for m in whole.methods} - {m.name for m in fast.methods} == {"ppo-lambda-0.95"}
+    assert whole.families.keys() - fast.families.keys() == {"ppo-lambda-0.95"}
     assert fast.method("contrastive").seeds == (0,)
     assert fast.method("contrastive").settings == whole.method("contrastive").settings
 

@@ -182,6 +182,9 @@ def read_comparison(file: Path, fast: bool = False) -> Comparison:
     given = _mapping(file, "fast", content.pop("fast", {}))
     if fast:
         content = merged(content, given)
+        for part in ("methods", "families"):
+            gone = {name for name, fields in given.get(part, {}).items() if fields is None}
+            content[part] = {n: fields for n, fields in content[part].items() if n not in gone}
     try:
         return _comparison(content)
     except KeyError as error:
