@@ -35,18 +35,23 @@ def forked(*arguments: str, before: Callable[[], Any] = int) -> tuple[int, str]:
     multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as log:
         process = multiprocessing.get_context("forkserver").Process(
-            target=_command, args=(log.name, arguments, before)
+            target=_command, args=(log.name, arguments, before, dict(os.environ))
         )
         process.start()
         process.join(120)
-        assert process.exitcode is not None, "it does not end"
-        return process.exitcode, log.read()
+        process.kill()
+        process.join()
+        return int(process.exitcode or 0), log.read()
 
 
-def _command(log: str, arguments: tuple[str, ...], before: Callable[[], Any]) -> None:
+def _command(
+    log: str, arguments: tuple[str, ...], before: Callable[[], Any], environment: dict[str, str]
+) -> None:
     from iqstar.cli import main
 
     torch.set_num_threads(1)  # as in all tests (conftest.py)
+    os.environ.clear()  # that of the server is as old as the first test that needed it
+    os.environ.update(environment)
     for name in [n for n in os.environ if n.startswith(("MASTER_", "PL_"))]:
         del os.environ[name]
     with open(log, "a", encoding="utf-8") as file:
@@ -60,19 +65,22 @@ def _command(log: str, arguments: tuple[str, ...], before: Callable[[], Any]) ->
 
 
 class ForkedRun(subprocess.Popen):
-    """``iqstar fit`` as a comparison starts it, but forked."""
+    """``iqstar fit`` as a comparison starts it, but forked; a Popen for the sake of its type."""
 
     def __init__(self, line: list[str], stdout: Any, stderr: Any) -> None:
         assert line[:3] == [sys.executable, "-m", "iqstar.cli"]
         multiprocessing.set_forkserver_preload(PRELOADED)
         self._process = multiprocessing.get_context("forkserver").Process(
-            target=_command, args=(stdout.name, tuple(line[3:]), int)
+            target=_command, args=(stdout.name, tuple(line[3:]), int, dict(os.environ))
         )
         self._process.start()
+        self.terminate, self.kill = self._process.terminate, self._process.kill
 
-    def wait(self, timeout: float | None = None) -> int | None:
+    def wait(self, timeout: float | None = None) -> int:
         """The exit code."""
         self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("iqstar", timeout or 0.0)
         return self._process.exitcode
 
 

@@ -166,16 +166,21 @@ def test_wrong_arguments_are_explained(argv, expected):
 
 
 def test_the_data_of_a_runs_config(tmp_path, capsys):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "Who?"}\n{"prompt": "Why?"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Who?"}\n{"prompt": "Why then?"}\n')
     own = {"class_path": "iqstar.data.JSONL", "init_args": {"path": str(tmp_path / "rows.jsonl")}}
-    config = tmp_path / "my.yaml"
+    config, other = tmp_path / "my.yaml", tmp_path / "other.yaml"
     config.write_text(json.dumps({"model": {"class_path": "iqstar.InverseQStar"}, "data": own}))
-    assert audit(capsys, "--config", str(config))["prompts"] == 2
-    assert audit(capsys, f"--config={config}", "--data.max_prompt_chars", "3")["prompts"] == 2
-    config.write_text("model: {}")
-    with pytest.raises(InputError, match=r"my\.yaml has no data; give it there or with --data"):
+    other.write_text("trainer: {devices: 2}")
+    both = ["--config", str(config), "--config", str(other)]
+    assert audit(capsys, *both)["details"]["split"] == {"train": 1, "heldout": 1}
+    report = audit(capsys, *both, "--data.max_prompt_chars", "4", "--data.val_prompts", "0")
+    assert report["details"]["split"] == {"train": 1, "heldout": 0}
+    with pytest.raises(InputError, match="or --config FILE with its data"):
+        main(["--config", str(other)])
+    assert audit(capsys, f"--config={other}", "--data", "Sample")["prompts"] > 2
+    config.write_text("data:\n  class_path: iqstar.data.JSONL\n  init_args: {pth: rows.jsonl}\n")
+    with pytest.raises(InputError, match=r"my\.yaml:3: unknown key data\.init_args\.pth; did you"):
         main(["--config", str(config)])
-    assert audit(capsys, "--config", str(config), "--data", "Sample")["prompts"] > 2
 
 
 def test_importing_the_data_modules_does_not_import_datasets():

@@ -294,6 +294,9 @@ def test_a_class_in_a_file_of_ones_own(tmp_path, tiny, capsys, monkeypatch):
     assert "class_path: own_judges.Mine" in capsys.readouterr().out
     broken = error_of(capsys, *argv[1:], "own_broken.Mine")
     assert "own_broken.Mine cannot be imported (No module named 'a_package_that_nobody" in broken
+    (tmp_path / "own_broken.py").write_text("def f(:\n")
+    broken = error_of(capsys, *argv[1:], "own_broken.Other")
+    assert "own_broken.Other cannot be imported (invalid syntax" in broken
     absent = error_of(capsys, *argv[1:], "own_absent.VaderJudg")
     assert "(there is no module own_absent); did you mean iqstar.judges.VaderJudge?" in absent
 
@@ -390,6 +393,7 @@ def test_principle_over_its_budget(fails):
 def test_missing_data_file(fails):
     message = fails("data.init_args.path", "nowhere.jsonl")
     assert message.startswith("data.path: no such file or folder: nowhere.jsonl; give")
+    assert "from the hub" not in fails("data.init_args.path", "data/prompts.jsonl")
     message = fails("data.init_args.path", "someone/prompts")
     assert "(from the hub: hf download someone/prompts --repo-type dataset" in message
 
@@ -398,6 +402,20 @@ def test_windows_over_two_rollouts_are_refused_before_a_model_is_loaded(fails, m
     monkeypatch.setattr(InverseQStar, "configure_model", lambda self: pytest.fail("loaded"))
     message = fails("trainer.accumulate_grad_batches", 2, "--model.micro_batch_size", "4")
     assert message.startswith("trainer.accumulate_grad_batches: an optimiser step takes 2 micro-b")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--trainer.limit_train_batches", "1"],
+        ["--data.limit", "7"],  # one batch of 4 an epoch: what is left of them fills none
+        ["--trainer.max_steps", "1"],  # ends inside the first rollout, of 4
+    ],
+)
+def test_windows_that_need_one_rollout_only_are_not_refused(tmp_path, config, more):
+    file = str(write_config(tmp_path, config))
+    uneven = ["--model.micro_batch_size", "1", "--trainer.accumulate_grad_batches", "3"]
+    assert main(["fit", "--config", file, *uneven, "--trainer.limit_val_batches", "0", *more]) == 0
 
 
 def test_malformed_json_line(tmp_path, config, capsys):

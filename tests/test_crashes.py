@@ -111,6 +111,7 @@ def test_last_is_not_a_checkpoint_of_another_run(tmp_path, tiny, capsys):
         ("model.init_args.estimator.init_args.principle", "Be brief."),
         ("model.init_args.loss", "iqstar.losses.RewardImitationLoss"),
         ("data.init_args.path", str(write_prompts(tmp_path / "other.jsonl"))),
+        ("data.init_args.subset", "another"),
     ):
         error = error_of(capsys, *last, f"--{key}", value)
         named = key.removesuffix(".init_args.principle")

@@ -455,17 +455,21 @@ def trained(tmp_path, config):
     return file, tmp_path / "runs" / "run" / "v"
 
 
-@pytest.mark.parametrize("command", ["eval", "plan"])
-def test_the_settings_that_a_run_keeps_serve_every_command(trained, tmp_path, capsys, command):
-    """Its config.yaml has what was given on the command line too, and Lightning's own options."""
-    _, run = trained
-    folder = [] if command == "plan" else ["--output", str(tmp_path / "out")]
-    assert main([command, "--config", str(run / "config.yaml"), *folder]) == 0
-    if command == "eval":
-        report = json.loads((tmp_path / "out" / "report.json").read_text())
-        assert report["policy"]["kind"] == "reference"
-        newest = evaluate(run / "config.yaml", tmp_path / "own", "--ckpt_path", str(run))
-        assert newest["policy"]["path"].endswith(".ckpt")
+def test_the_settings_that_a_run_keeps_serve_other_commands(trained, tmp_path, capsys):
+    """They hold Lightning's own options and the command line's, but not what it went on from."""
+    file, run = trained
+    last = ["--ckpt_path", "last", "--trainer.max_steps", "3"]
+    assert main(["fit", "--config", str(file), *last]) == 0
+    kept = run / "config.yaml"
+    assert yaml.safe_load(kept.read_text())["trainer"]["max_steps"] == 3
+    assert main(["plan", "--config", str(kept)]) == 0
+    assert main(["audit", "--config", str(kept)]) == 0
+    assert evaluate(kept, tmp_path / "out")["policy"]["kind"] == "reference"
+    newest = evaluate(kept, tmp_path / "own", "--ckpt_path", str(run))
+    assert newest["policy"]["path"].endswith(".ckpt")
+    error = error_of(capsys, "score", "--config", str(kept), "--ckpt_path", str(run))
+    assert error.startswith(f"ckpt_path: {run} was given, but this command asks the model before")
+    assert evaluate(kept, tmp_path / "none", "--ckpt_path", "null")["policy"]["kind"] == "reference"
 
 
 def evaluate(file, output, *argv):

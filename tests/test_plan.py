@@ -419,7 +419,10 @@ def test_models_of_the_estimators_own(tmp_path, tiny, capsys):
         (["--prompt_tokens", "-1"], "--prompt_tokens: must be positive"),
         (["--memroy", "8"], "did you mean --memory?"),
         (["--model.betta", "2"], "did you mean --model.beta?"),
-        (["--ckpt_path", "last"], "--ckpt_path: got last, but this command asks the model before"),
+        (
+            ["--ckpt_path", "last"],
+            "ckpt_path: last was given, but a plan loads no weights",
+        ),
         (["--data.max_prompt_tokens", "null"], "give --prompt_tokens"),
         (["--architecture", "nowhere.json"], "--architecture: nowhere.json does not exist"),
         (["--architecture", "pyproject.toml"], "is no config.json of a model"),

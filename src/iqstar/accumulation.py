@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from lightning import Trainer
 
 from iqstar.errors import InputError
@@ -29,24 +27,20 @@ def accumulation_window(batch: PromptBatch, done: int, accumulate: int, left: in
     return window
 
 
-def check_whole_windows(trainer: Trainer, training_steps: Callable[[int], int]) -> None:
+def check_whole_windows(trainer: Trainer) -> None:
     """Checks that rollouts hold whole accumulation windows, before anything is computed.
 
-    What the data does not tell is left to :func:`accumulation_window`.
-
-    Args:
-        trainer: With its data module.
-        training_steps: Number of prompts of a rollout → training steps on it.
+    What the data module does not tell is left to :func:`accumulation_window`.
 
     Raises:
         InputError: If a window would go on in another rollout.
     """
     data, accumulate = getattr(trainer, "datamodule", None), trainer.accumulate_grad_batches
-    size, prompts = getattr(data, "batch_size", 0), len(getattr(data, "train_prompts", ()))
-    if prompts <= size * trainer.world_size or trainer.limit_train_batches != 1.0:
-        return  # there is no other rollout in an epoch
-    if training_steps(size) % accumulate:
-        raise _uneven(accumulate, size, training_steps(size))
+    steps = getattr(data.train_dataloader(), "steps", [0]) if data else [0]
+    limit = trainer.limit_train_batches
+    few = isinstance(limit, int) or limit < 1 or 0 < trainer.max_steps * accumulate <= steps[0]
+    if len(steps) > 1 and steps[0] % accumulate and not few:
+        raise _uneven(accumulate, data.batch_size, steps[0])
 
 
 def _uneven(accumulate: int, prompts: int, steps: int) -> InputError:

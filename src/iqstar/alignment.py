@@ -158,7 +158,7 @@ class AlignmentModule(TrainedModule):
     def setup(self, stage: str) -> None:
         """Checks what needs no model, before one is loaded."""
         if stage == "fit":
-            check_whole_windows(self.trainer, self.training_steps)
+            check_whole_windows(self.trainer)
 
     # -- the method --------------------------------------------------------------------------
 

@@ -189,7 +189,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 def recipe_of(path: Path) -> str | None:
     """The settings of the run that made a checkpoint, as YAML; None for a run from Python."""
-    whole = read_meta(path) if path.is_dir() else read_checkpoint(path)
+    try:
+        whole = read_meta(path) if path.is_dir() else read_checkpoint(path)
+    except InputError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, "--ckpt_path", error) from error
     recipe: str | None = whole.get("iqstar", {}).get("recipe")
     return recipe
 

@@ -116,8 +116,8 @@ class Reindexed(TokenDistributions):
 class LogLinear(TokenDistributions):
     """Normalised product of powers: log π(a|s) = Σ_k w_k log π_k(a|s) − log Z(s).
 
-    The normaliser is always subtracted, also when only sampled tokens are asked for (method §3). A
-    distribution that occurs more than once, also inside of others, is computed once.
+    Log-probs have the normaliser subtracted, also of sampled tokens alone (method §3). The same
+    object is computed once, also where it occurs in nested products.
 
     Args:
         terms: The weights w_k and the distributions π_k.

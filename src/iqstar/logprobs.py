@@ -8,6 +8,7 @@ Adam turns into full-size updates (method §7, identity 3).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 LARGEST_LOG_RATIO = 20.0
-"""Of two probabilities, nats: e to a larger one is inf in float32, whose gradient is NaN."""
+"""Of two probabilities, nats: well below 88, where e to it is inf in float32 and its slope NaN."""
 
 
 def token_logprobs(
@@ -42,11 +43,24 @@ def sampled_kl(
 ) -> Float[Tensor, " tokens"]:
     """Unbiased, non-negative estimate of KL(π‖π_ref) from actions drawn from π.
 
-    With δ = log π_ref − log π at the action: e^δ − 1 − δ (Schulman's "k3"), δ up to
-    :data:`LARGEST_LOG_RATIO`.
+    With δ = log π_ref − log π at the action: e^δ − 1 − δ (Schulman's "k3"), biased
+    downwards only by what :func:`bounded_exp` cuts off.
     """
-    delta = (reference - logprobs).clamp(max=LARGEST_LOG_RATIO)
-    return torch.expm1(delta) - delta
+    delta = reference - logprobs
+    return bounded_exp(delta, torch.expm1) - delta
+
+
+def bounded_exp(
+    values: Float[Tensor, " tokens"], exp: Callable[[Tensor], Tensor] = torch.exp
+) -> Float[Tensor, " tokens"]:
+    """E to the values, from :data:`LARGEST_LOG_RATIO` on its tangent: finite, with a finite slope.
+
+    Args:
+        values: Log-ratios.
+        exp: ``torch.expm1`` for what is left over 1.
+    """
+    low = values.clamp(max=LARGEST_LOG_RATIO)
+    return exp(low) + low.exp() * (values - low)
 
 
 def reverse_kl(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from iqstar.errors import InputError
 from iqstar.logprobs import (
-    LARGEST_LOG_RATIO,
+    bounded_exp,
     forward_kl,
     generalized_jsd,
     kl_divergence,
@@ -295,7 +295,7 @@ class TokenPolicyGradientLoss(TokenLoss):
         logprobs = token_logprobs(logits, tokens.actions)
         implied = (logprobs - tokens.reference).detach()
         advantage = self.advantage.of(logits.detach(), implied, tokens, target)
-        ratio = (logprobs - tokens.behaviour).clamp(max=LARGEST_LOG_RATIO).exp()
+        ratio = bounded_exp(logprobs - tokens.behaviour)
         clipped = ratio.clamp(1 - self.clip_ratio, 1 + self.clip_ratio)
         loss = -torch.minimum(ratio * advantage, clipped * advantage)
         was_clipped = (clipped * advantage < ratio * advantage).to(loss.dtype)

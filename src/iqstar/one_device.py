@@ -26,7 +26,8 @@ class OneDeviceCLI(IQStarCLI):
 
     def _parse_ckpt_path(self) -> None:
         """There is none: credit is that of the model before training."""
-        refuse_checkpoint(self.config.get("ckpt_path"))
+        reason = "this command asks the model before training (model.policy.model)"
+        refuse_checkpoint(self.config.get("ckpt_path"), reason)
 
     def _set_seed(self) -> None:
         """Nothing is drawn."""

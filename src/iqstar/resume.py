@@ -30,7 +30,7 @@ from iqstar.policy import CausalLM, Policy
 FILES = "data.init_args.path"
 IDENTITY = (
     "model.class_path", "model.init_args.estimator", "model.init_args.loss",
-    "data.class_path", FILES,
+    "model.init_args.reward", "data.class_path", "data.init_args.subset", FILES,
 )  # fmt: skip
 """Settings without which a run is another one."""
 
@@ -77,15 +77,15 @@ def check_same_run(path: Path, saved: str | None, here: str | None) -> None:
         here: Those of this run.
 
     Raises:
-        InputError: If it is of a run with another method, estimator, loss or data set.
+        InputError: If it is of a run with another method, estimator, loss, reward or data set.
     """
     then, now = (yaml.safe_load(text) if text else {} for text in (saved, here))
     for key in IDENTITY if then and now else ():
-        if _at(then, key) != _at(now, key):
+        if _differ(_at(then, key), _at(now, key)):
             raise InputError(
                 f"--ckpt_path last: the newest checkpoint, {path}, is of a run with another {key}; "
-                "give the path of the one that you mean, or each run a folder of its own with "
-                "trainer.logger.init_args.name"
+                "give the path of the one that you mean (of this one, to go on all the same), or "
+                "each run a folder of its own with trainer.logger.init_args.name"
             )
 
 
@@ -96,6 +96,13 @@ def _at(settings: Any, key: str) -> Any:
         paths = [settings] if isinstance(settings, str) else settings
         return [Path(path).expanduser().resolve() for path in paths]
     return settings
+
+
+def _differ(then: Any, now: Any) -> bool:
+    """Whether two settings do; a key that only one of two versions knows is no difference."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return any(_differ(then[key], now[key]) for key in then.keys() & now.keys())
+    return bool(then != now)
 
 
 def count_batches_as_the_loader(trainer: Trainer) -> None:

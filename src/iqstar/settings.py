@@ -352,7 +352,7 @@ class Explainer:
             return next((c for c in subclasses(bases) if c.__name__ == name), None)
         try:
             found = getattr(import_module(module), attribute, None)
-        except (ImportError, ValueError):
+        except Exception:  # whatever a module of the user's own ends in
             return None
         return found if inspect.isclass(found) else None
 
@@ -388,12 +388,12 @@ def _no_class(name: str, bases: Sequence[type]) -> str:
     names, without = dict[str, Any](), ""
     try:
         names = vars(import_module(module)) if module else names
-    except (ImportError, ValueError) as error:
-        if not f"{module}.".startswith(f"{getattr(error, 'name', None)}."):
+    except Exception as error:  # whatever a module of the user's own ends in
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if not f"{module}.".startswith(f"{missing}."):
             return f"{name} cannot be imported ({error}); mend its file or install what it needs"
         without = f" (there is no module {module})"
-    if not choices:
-        choices = {n: f"{module}.{n}" for n, c in names.items() if inspect.isclass(c)}
+    choices = choices or {n: f"{module}.{n}" for n, c in names.items() if inspect.isclass(c)}
     near = difflib.get_close_matches(last, choices, n=1, cutoff=0.5)
     if near:
         hint = f"did you mean {choices[near[0]]}?"

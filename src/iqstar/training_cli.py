@@ -145,21 +145,22 @@ def asked_for_validation(config: Mapping[str, Any]) -> bool:
 
 def add_options_of_a_run(parser: LightningArgumentParser) -> None:
     """Lets a command that trains nothing take the ``config.yaml`` of a run as it is."""
-    for name in OF_A_RUN:
-        parser.add_argument(f"--{name}", default=None, help=SUPPRESS)
+    for name, kind in zip(OF_A_RUN, (str, bool), strict=True):
+        parser.add_argument(f"--{name}", type=kind | None, default=None, help=SUPPRESS)
 
 
-def refuse_checkpoint(path: str | None) -> None:
-    """For commands that ask the model before training.
+def refuse_checkpoint(path: str | None, reason: str) -> None:
+    """For commands that know no checkpoint.
+
+    Args:
+        path: What was given.
+        reason: Why there is none.
 
     Raises:
-        InputError: If there is a checkpoint.
+        InputError: If there is one.
     """
     if path is not None:
-        raise InputError(
-            f"--ckpt_path: got {path}, but this command asks the model before training; leave it "
-            "out, or give model.policy.model the folder of an exported model"
-        )
+        raise InputError(f"ckpt_path: {path} was given, but {reason}; set it to null")
 
 
 class IQStarCLI(LightningCLI):
@@ -308,7 +309,7 @@ def readable_errors(
     except InputError:
         raise
     except ArgumentError as error:
-        keys = [*ROOTS, "seed_everything", "config", *OF_A_RUN, *options]
+        keys = [*dict.fromkeys((*ROOTS, "seed_everything", "config", *OF_A_RUN, *options))]
         every = [*as_settings(default_model(settings)), *settings]
         raise Explainer(every, {**ROOTS, **classes}, keys).explain(error.message) from error
     except Exception as error:

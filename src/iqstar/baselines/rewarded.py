@@ -17,7 +17,7 @@ from iqstar.assignment import MicroBatch
 from iqstar.curves import TOKEN_METRICS, Sums, token_metrics
 from iqstar.distributions import HeadDistributions
 from iqstar.errors import InputError
-from iqstar.head import LanguageHead, head_loss
+from iqstar.head import head_loss
 from iqstar.judges import Judge, asked
 from iqstar.judges.base import check_named, name_of, reason_of, tell_of_gaps, warn_once
 from iqstar.logprobs import sampled_kl, token_logprobs
@@ -83,8 +83,7 @@ class RewardedModule(AlignmentModule):
         parts = self.without_credit(rollout, seed)
         if resuming:
             return [self.blank(part) for part in parts]
-        head = self.actor.frozen_head(self.temperature)
-        parts = [self._with_behaviour(part, head) for part in parts]
+        parts = [self._with_behaviour(part) for part in parts]
         found = torch.tensor(self._scored(rollout), dtype=torch.float64)
         scores = found.to(parts[0].tokens.reference)
         sizes = [len(part.rollout) for part in parts]
@@ -99,8 +98,9 @@ class RewardedModule(AlignmentModule):
         return self.without_credit(rollout, seed)
 
     @torch.no_grad()
-    def _with_behaviour(self, part: MicroBatch, head: LanguageHead) -> MicroBatch:
-        hidden = self.actor.hidden(part.sequences)
+    def _with_behaviour(self, part: MicroBatch) -> MicroBatch:
+        hidden = self.actor.hidden(part.sequences)  # before the head, which it gathers
+        head = self.actor.frozen_head(self.temperature)
         behaviour = HeadDistributions(hidden, head).at(part.tokens.actions)
         return self.noted(replace(part, tokens=replace(part.tokens, behaviour=behaviour)), hidden)
 

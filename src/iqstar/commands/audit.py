@@ -7,12 +7,9 @@ Example:
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
-import re
 import sys
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +21,7 @@ from rich.table import Table
 from iqstar import data as data_modules
 from iqstar.data import PromptDataModule
 from iqstar.errors import InputError
-from iqstar.settings import read_settings
-from iqstar.signatures import parameters
+from iqstar.settings import CONFIG_FLAGS, Explainer, read_settings
 
 MEANINGS = {
     "rows": "rows read",
@@ -52,17 +48,19 @@ def main(argv: list[str]) -> int:
     Raises:
         InputError: If the arguments are wrong or the data cannot be read.
     """
-    given = {argument.partition("=")[0] for argument in argv}
-    if not given & {"--config", "--data", "--data.help", "-h", "--help"}:
+    settings = read_settings(argv)
+    names = {setting.path[0] for setting in settings}
+    if not names & {"data", "help"} and "-h" not in argv:
         raise InputError(
             f"--data is missing; give one of {', '.join(_names())}, or --config FILE with its data"
         )
-    parser, own = _parser(argv)
     try:
+        parser, own = _parser(argv)
         config = parser.parse_args(own)
         data = parser.instantiate(config).data
     except ArgumentError as error:
-        raise _explain(str(error), argv) from error
+        explainer = Explainer(settings, {"data": PromptDataModule}, ["data", "config", "json"])
+        raise explainer.explain(error.message) from error
     report = data.audit()
     if data.max_prompt_tokens is not None:
         report["details"]["not_applied"] = ["max_prompt_tokens, which needs a model's tokenizer"]
@@ -91,7 +89,7 @@ def print_report(report: Mapping[str, Any], title: str) -> None:
 
 
 def _parser(argv: list[str]) -> tuple[ArgumentParser, list[str]]:
-    """The parser, with the data set of a run's YAML as its default, and what it is to parse."""
+    """The parser, and what it is to parse: the data sets of runs' YAMLs first."""
     parser = ArgumentParser(
         prog="iqstar audit",
         exit_on_error=False,
@@ -101,16 +99,10 @@ def _parser(argv: list[str]) -> tuple[ArgumentParser, list[str]]:
     parser.add_subclass_arguments(PromptDataModule, "data", required=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument("--config", type=Path)
+    before.add_argument(*CONFIG_FLAGS, type=Path, action="append", default=[])
     found, others = before.parse_known_args(argv)
-    if file := found.config:
-        read_settings(["--config", str(file)])  # names the line of what is no YAML
-        data = yaml.safe_load(file.read_text(encoding="utf-8")).get("data")
-        if data is not None:
-            parser.set_defaults({"data": data})
-        elif "--data" not in {argument.partition("=")[0] for argument in others}:
-            raise InputError(f"--config: {file} has no data; give it there or with --data")
-    return parser, others
+    given = [yaml.safe_load(file.read_text(encoding="utf-8")).get("data") for file in found.config]
+    return parser, [*(f"--data={json.dumps(data)}" for data in given if data), *others]
 
 
 def _names() -> list[str]:
@@ -120,26 +112,3 @@ def _names() -> list[str]:
         for name, cls in found.items()
         if issubclass(cls, PromptDataModule) and cls is not PromptDataModule
     ]
-
-
-def _explain(message: str, argv: list[str]) -> InputError:
-    """Shortens jsonargparse's message to what is wrong and the nearest right thing."""
-    given = [b for a, b in pairwise(argv) if a == "--data"]
-    given += [a.removeprefix("--data=") for a in argv if a.startswith("--data=")]
-    name = given[-1].rpartition(".")[2] if given else ""
-    options = parameters(getattr(data_modules, name) if name in _names() else PromptDataModule)
-    for argument in argv:
-        key = re.fullmatch(r"--data\.(?:init_args\.)?([\w.]+)\+?(=.*)?", argument)
-        if key and key[1] not in [*options, "help", "class_path"]:
-            near = difflib.get_close_matches(key[1], options, n=1)
-            hint = f"did you mean data.{near[0]}?" if near else f"known: {', '.join(options)}"
-            return InputError(f"unknown key data.{key[1]}; {hint}")
-    if given and name not in _names():
-        near = difflib.get_close_matches(name, _names(), n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(_names())}"
-        return InputError(f"--data: unknown data class {given[-1]}; {hint}")
-    if inner := re.findall(r'Parser key "(?!data")([\w.]+)":\s*([^\n]+)', message):
-        problem = re.sub(r"Expected an? <class '(\w+)'>\. Got value: (.*)",
-                         r"'\2' does not fit; expected \1", inner[-1][1])  # fmt: skip
-        message = f"data.{inner[-1][0]}: {problem}"
-    return InputError(f"{' '.join(message.split())}; see iqstar audit --help")

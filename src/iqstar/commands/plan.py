@@ -64,7 +64,7 @@ class PlanCLI(IQStarCLI):
 
     def _parse_ckpt_path(self) -> None:
         """There is none."""
-        refuse_checkpoint(self.config.get("ckpt_path"))
+        refuse_checkpoint(self.config.get("ckpt_path"), "a plan loads no weights")
 
     def _set_seed(self) -> None:
         """Nothing is drawn."""

@@ -182,15 +182,20 @@ def read_comparison(file: Path, fast: bool = False) -> Comparison:
     given = _mapping(file, "fast", content.pop("fast", {}))
     if fast:
         content = merged(content, given)
-        for part in ("methods", "families"):
-            gone = {name for name, fields in given.get(part, {}).items() if fields is None}
-            content[part] = {n: fields for n, fields in content[part].items() if n not in gone}
     try:
+        for part in ("methods", "families") if fast else ():
+            _leave_out(content, given, part)
         return _comparison(content)
     except KeyError as error:
         raise InputError(f"{file}: {error.args[0]} is missing") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"{file}: {error}") from error
+
+
+def _leave_out(content: dict[str, Any], fast: Mapping[str, Any], part: str) -> None:
+    """Takes out what ``fast`` sets to null."""
+    given, whole = _Keys(f"fast.{part}", fast.get(part, {})), _Keys(part, content[part])
+    content[part] = {n: fields for n, fields in whole.items() if given.get(n, fields) is not None}
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,9 @@ class RepeatedBatches:
             smaller, and up to world_size - 1 prompts appear twice to keep the ranks even.
         rank: This process.
         world_size: Number of processes.
+
+    Attributes:
+        steps: Training steps on each batch of an epoch.
     """
 
     def __init__(
@@ -54,15 +57,15 @@ class RepeatedBatches:
         sizes = batch_sizes(len(self._order), batch_size, drop_last)
         self._spans = list(pairwise([0, *accumulate(sizes)]))
         self._share = batch_size * world_size
-        self._steps = [steps(size) for size in sizes]
-        self._shape = [self._share, world_size, *self._steps[:1]]
+        self.steps = [steps(size) for size in sizes]
+        self._shape = [self._share, world_size, *self.steps[:1]]
         self._epoch = 0
         self._yielded = 0
         self._resumed = False
 
     def __len__(self) -> int:
         """Training steps in an epoch."""
-        return sum(self._steps)
+        return sum(self.steps)
 
     @property
     def sampler(self) -> RepeatedBatches:
@@ -87,7 +90,7 @@ class RepeatedBatches:
         self._order.set_epoch(self._epoch)
         indices = list(self._order)
         done, position = self._yielded, 0
-        for number, ((start, stop), steps) in enumerate(zip(self._spans, self._steps, strict=True)):
+        for number, ((start, stop), steps) in enumerate(zip(self._spans, self.steps, strict=True)):
             prompts = tuple(self._prompts[i] for i in indices[start:stop])
             for step in range(steps):
                 position += 1
@@ -103,7 +106,7 @@ class RepeatedBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """The position: the epoch, what was yielded in it, and how many prompts that finished."""
-        done = sum(end <= self._yielded for end in accumulate(self._steps))
+        done = sum(end <= self._yielded for end in accumulate(self.steps))
         return {
             "epoch": self._epoch,
             "yielded": self._yielded,
@@ -119,7 +122,7 @@ class RepeatedBatches:
         """
         self._epoch, self._yielded = state_dict["epoch"], state_dict["yielded"]
         if state_dict["shape"] != self._shape:
-            self._yielded = sum(self._steps[: state_dict["finished"] // self._share])
+            self._yielded = sum(self.steps[: state_dict["finished"] // self._share])
         self._resumed = True
 
 

@@ -83,7 +83,7 @@ def _files_of(place: Path, entry: str, key: str, hub_id: str | None) -> list[Pat
         return found
     if not place.exists():
         hub = f", or leave {key} out to read {hub_id} from the hub" if hub_id else ""
-        if not hub and re.fullmatch(r"[\w.-]+/[\w.-]+", entry):
+        if not (hub or _is_data(place)) and re.fullmatch(r"[\w.-]+/[\w.-]+", entry):
             hub = f" (from the hub: hf download {entry} --repo-type dataset --local-dir FOLDER)"
         raise InputError(f"{key}: no such file or folder: {entry}; give an existing one{hub}")
     if not _is_data(place):
