@@ -145,13 +145,13 @@ def test_too_few_prompts_to_train_on(tmp_path, capsys):
     ("argv", "expected"),
     [
         (["--json"], "--data is missing; give one of HHRLHF, JSONL, "),
-        (["--data.path", "x.jsonl"], "--data is missing; give one of HHRLHF, JSONL, "),
+        (["--data.path", "x.jsonl"], "--data.path: data has no class yet; name one first: --data"),
         (["--data", "JSONLPairs", "--data.batch_size", "x"], "data.batch_size: "),
-        (["--data", "HHRLFH"], "did you mean HHRLHF"),
-        (["--data", "iqstar.data.Beavertail"], "did you mean BeaverTails"),
+        (["--data", "HHRLFH"], "did you mean iqstar.data.HHRLHF?"),
+        (["--data", "iqstar.data.Beavertail"], "did you mean iqstar.data.BeaverTails?"),
         (
             ["--data", "Sample", "--data.val_prompt", "3"],
-            "data.val_prompt; did you mean data.val_p",
+            "--data.val_prompt: unknown option; did you mean --data.val_prompts?",
         ),
         (["--data", "Sample", "--data.val_prompts", "x"], "data.val_prompts: "),
         (["--data", "Sample", "--data.batch_size", "0"], "data.batch_size: 0 is too small"),

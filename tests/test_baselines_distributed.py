@@ -54,9 +54,9 @@ def build(folder, kind):
     return kind(spec, rollout=rollout, optimizer=sgd(0.05), schedule=Constant(), **options)
 
 
-def run(folder, name, **cut):
+def run(folder, name, precision="64-true", **cut):
     module = build(folder, KINDS[name])
-    done = fit(module, PROMPTS, precision="64-true", max_steps=4, **cut)
+    done = fit(module, PROMPTS, precision=precision, max_steps=4, **cut)
     own = getattr(getattr(module, "kl", None), "coefficient", None)
     keys = done.curves[0].keys() - {"train/tokens_per_second"}
     curves = [{key: values[key] for key in keys} for values in done.curves]
@@ -102,7 +102,7 @@ def work(rank: int, folder: str):
         runs[name] = run(folder, name, batch_size=4, **strategy)
     # Its rollouts leave the policy's weights sharded, as those of a server do.
     strategy["strategy"] = ShardedStrategy(process_group_backend="gloo")
-    runs["grpo, sharded"] = run(folder, "grpo", batch_size=4, **strategy)
+    runs["grpo, sharded"] = run(folder, "grpo", "32-true", batch_size=4, **strategy)
     try:
         sharded = ShardedStrategy(process_group_backend="gloo")
         fit(build(folder, PPO), PROMPTS, batch_size=4, max_steps=1, devices=2, strategy=sharded)
