@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning import Trainer
 
 from iqstar.errors import InputError
@@ -35,7 +37,8 @@ def check_whole_windows(trainer: Trainer) -> None:
     Raises:
         InputError: If a window would go on in another rollout.
     """
-    data, accumulate = getattr(trainer, "datamodule", None), trainer.accumulate_grad_batches
+    data: Any = getattr(trainer, "datamodule", None)
+    accumulate = trainer.accumulate_grad_batches
     steps = getattr(data.train_dataloader(), "steps", [0]) if data else [0]
     limit = trainer.limit_train_batches
     few = isinstance(limit, int) or limit < 1 or 0 < trainer.max_steps * accumulate <= steps[0]
