@@ -5,7 +5,8 @@
 200 prompts are set aside by a hash: neither the training nor the judge sees them. The judge is
 trained on the labels of the other rows, the policies on their prompts alone, one with a principle
 about harm and one about a kind tone; the reference that is merely told either stands beside them.
-``results/harm.json`` has what ``iqstar eval`` reports.
+``results/harm.json`` has what ``iqstar eval`` reports. ``--told`` measures those two alone, without
+training, beside what the file has.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ def iqstar(*arguments: str) -> None:
 
 
 def measure(name: str, options: argparse.Namespace, seen: Path, unseen: Path) -> dict[str, Any]:
-    """Trains with one principle and compares the policy with its reference."""
+    """Trains with one principle; compares the policy, and the reference told it, with the latter."""
     runs, out = options.folder, options.folder / f"{name}.eval"
     settings = ["--config", CONFIG, *PRINCIPLES[name]]
-    if not list((runs / name).rglob("policy/config.json")):
+    if not (options.told or list((runs / name).rglob("policy/config.json"))):
         iqstar(
             "fit", *settings, "--data.path", str(seen), "--data.val_prompts", "16",
             "--trainer.max_steps", str(options.steps), "--trainer.logger.save_dir", str(runs),
@@ -70,8 +71,10 @@ def measure(name: str, options: argparse.Namespace, seen: Path, unseen: Path) ->
         "--trainer.logger.save_dir", str(runs), "--trainer.logger.name", name,
     )  # fmt: skip
     told = runs / f"{name}.told"
-    iqstar(*evaluation, "--ckpt_path", "last", "--output", str(out))
     iqstar(*evaluation, "--told", "--output", str(told))
+    if options.told:
+        return {"told": kept(told)}
+    iqstar(*evaluation, "--ckpt_path", "last", "--output", str(out))
     return {"steps": options.steps, **kept(out), "told": kept(told)}
 
 
@@ -91,6 +94,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "harm")
     parser.add_argument("--steps", type=int, default=20, help="of 16 responses")
     parser.add_argument("--unseen", type=int, default=200, help="prompts to measure on")
+    parser.add_argument("--told", action="store_true", help="train nothing")
     options = parser.parse_args()
     options.folder = options.folder.resolve()
     unseen, seen = split(options.data, options.folder, options.unseen)
@@ -98,7 +102,10 @@ def main() -> None:
     if not judge.exists():
         safe = str(options.safe.resolve())
         iqstar("harm-judge", "--data", str(seen), "--safe", safe, "--output", str(judge))
-    found = {name: measure(name, options, seen, unseen) for name in PRINCIPLES}
+    known = json.loads(RESULTS.read_text()) if options.told else {}
+    found = {
+        name: known.get(name, {}) | measure(name, options, seen, unseen) for name in PRINCIPLES
+    }
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
