@@ -51,7 +51,7 @@ def iqstar(*arguments: str) -> None:
 
 
 def measure(name: str, options: argparse.Namespace, seen: Path, unseen: Path) -> dict[str, Any]:
-    """Trains with one principle; compares the policy, and the reference told it, with the latter."""
+    """Trains with one principle and evaluates the policy; the reference told it, too."""
     runs, out = options.folder, options.folder / f"{name}.eval"
     settings = ["--config", CONFIG, *PRINCIPLES[name]]
     if not (options.told or list((runs / name).rglob("policy/config.json"))):
