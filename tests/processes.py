@@ -32,16 +32,23 @@ def forked(*arguments: str, before: Callable[[], Any] = int) -> tuple[int, str]:
         arguments: Of the command.
         before: Called in the process first; a function of a module.
     """
-    multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as log:
-        process = multiprocessing.get_context("forkserver").Process(
-            target=_command, args=(log.name, arguments, before, dict(os.environ))
-        )
-        process.start()
+        process = _started(log.name, arguments, before)
         process.join(120)
         process.kill()
         process.join()
         return int(process.exitcode or 0), log.read()
+
+
+def _started(
+    log: str, arguments: tuple[str, ...], before: Callable[[], Any]
+) -> multiprocessing.process.BaseProcess:
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_command, args=(log, arguments, before, dict(os.environ))
+    )
+    process.start()
+    return process
 
 
 def _command(
@@ -69,11 +76,7 @@ class ForkedRun(subprocess.Popen):
 
     def __init__(self, line: list[str], stdout: Any, stderr: Any) -> None:
         assert line[:3] == [sys.executable, "-m", "iqstar.cli"]
-        multiprocessing.set_forkserver_preload(PRELOADED)
-        self._process = multiprocessing.get_context("forkserver").Process(
-            target=_command, args=(stdout.name, tuple(line[3:]), int, dict(os.environ))
-        )
-        self._process.start()
+        self._process = _started(stdout.name, tuple(line[3:]), int)
         self.terminate, self.kill = self._process.terminate, self._process.kill
 
     def wait(self, timeout: float | None = None) -> int:

@@ -474,8 +474,8 @@ def test_training_with_an_aligned_pair_learns_it(tiny, tmp_path):
     """The estimator's models are loaded, frozen, and left out of checkpoints."""
     estimator = AlignedPairEstimator(other(tmp_path / "aligned", 1))
     module = make_module(tiny, estimator)
-    done = fit(module, PROMPTS, max_steps=12)
-    assert done.losses[-1] < 0.8 * done.losses[0]
+    done = fit(module, PROMPTS, max_steps=30)
+    assert done.losses[-1] < 0.5 * done.losses[0]
     assert not any("estimator" in name for name in module.state_dict())
 
 

@@ -115,7 +115,6 @@ def work(rank: int, folder: str, alone: str, out: str):
         for name in STRATEGIES:
             path = Path(out, f"{kind}, {name}.ckpt")
             runs[kind, name] = both(folder, path, lora=lora, world=2, strategy=name)
-        for name in ("ddp", "fsdp"):
             runs[kind, name, "from one process"] = run(
                 folder,
                 lora=lora,
@@ -244,7 +243,7 @@ def test_a_checkpoint_of_two_processes_loads_on_one(tiny, paired, kind, name):
 
 
 @pytest.mark.parametrize("kind", POLICIES)
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_a_checkpoint_of_one_process_loads_on_two(alone, paired, kind, name):
     saved = read_checkpoint(alone[0] / f"{kind}.ckpt")["state_dict"]
     for rank in paired[1]:

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -23,6 +23,8 @@ from iqstar.atomic import PART, remove, written_beside
 from iqstar.errors import InputError
 
 META = "meta.pt"
+KEYWORDS = ("last", "hpc")
+"""What ``--ckpt_path`` may be besides a path."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -143,6 +145,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
     )
     complete = [p for p in found if is_complete(p)]
     return max(complete, key=_written, default=None)
+
+
+def is_path(checkpoint: str | Path | None) -> TypeGuard[str | Path]:
+    """Whether this is neither a keyword nor a name in Lightning's registry."""
+    return checkpoint not in (None, *KEYWORDS) and not str(checkpoint).startswith("registry")
 
 
 def checkpoint_at(path: str | Path) -> Path:

@@ -29,6 +29,7 @@ from iqstar.checkpoints import (
     AtomicCheckpointIO,
     check_complete,
     checkpoint_at,
+    is_path,
     newest_checkpoint,
     recipe_of,
 )
@@ -60,8 +61,6 @@ ROOTS = {
     "predictions": PredictionWriter,
 }
 """Top-level keys of a config, and the classes that take what is below them."""
-KEYWORDS = ("last", "hpc")
-"""What ``--ckpt_path`` may be besides a path."""
 OF_A_RUN = ("ckpt_path", "weights_only")
 """Options of Lightning's sub-commands, which the ``config.yaml`` of a run holds too."""
 CLI_OPTIONS: dict[str, Any] = {
@@ -194,7 +193,7 @@ class IQStarCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Checks that the checkpoint is one; its own settings are left alone."""
         path = self.config[self.config.subcommand].get("ckpt_path")
-        if path not in (None, *KEYWORDS) and not str(path).startswith("registry"):
+        if is_path(path):
             check_complete(checkpoint_at(path))
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -203,7 +202,7 @@ class IQStarCLI(LightningCLI):
         path = arguments.get("ckpt_path")
         if path == "last":
             arguments["ckpt_path"] = self._last_checkpoint(subcommand)
-        elif path not in (None, *KEYWORDS) and not str(path).startswith("registry"):
+        elif is_path(path):
             arguments["ckpt_path"] = checkpoint_at(path)
         return arguments
 
