@@ -18,8 +18,8 @@ LAYERS = [
     {"head"},
     {"distributions"},
     {"losses", "credit", "chat", "metrics", "optim", "pretrained", "refresh"}
-    | {"attention", "lean", "sampling", "settings", "kv_cache"},
-    {"prefixes", "decoding", "judges", "packed"},
+    | {"attention", "recomputed", "sampling", "settings", "kv_cache"},
+    {"prefixes", "decoding", "judges", "packed", "lean"},
     {"policy"},
     {"admission"},
     {"loading", "engine"},

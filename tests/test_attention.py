@@ -24,6 +24,37 @@ def test_equals_its_naive_equivalent():
     torch.testing.assert_close(ours, naive, atol=1e-12, rtol=0)
 
 
+def test_gradient():
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.full((3, 3), -torch.inf, dtype=torch.float64).triu(1).expand(2, 1, 3, 3)
+
+    def attend(q, k, v):
+        return grouped_attention(torch.nn.Identity(), q, k, v, mask)[0]
+
+    assert torch.autograd.gradcheck(attend, (q, k, v))
+
+
+def test_no_weights_are_kept():
+    q, k, v = (torch.randn(2, 2, 30, 4, requires_grad=True) for _ in range(3))
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda t: t):
+        grouped_attention(torch.nn.Identity(), q, k, v, None)
+    assert max(sizes) == q.numel()
+
+
+def test_under_autocast_products_are_in_its_dtype_and_the_softmax_is_not():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 8, 4) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, _ = grouped_attention(torch.nn.Identity(), q, k, v, None)
+        weights = (q @ k.mT * 4**-0.5).softmax(-1, dtype=torch.float32)
+        naive = (weights @ v).transpose(1, 2)
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, naive)
+
+
 @pytest.mark.parametrize("option", [{"softcap": 30.0}, {"dropout": 0.1}])
 def test_refuses_what_it_does_not_do(option):
     x = torch.zeros(1, 2, 3, 4)

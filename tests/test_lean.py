@@ -1,7 +1,6 @@
 """Layers that keep less for their backward pass compute as before."""
 
 import copy
-import weakref
 
 import pytest
 import torch
@@ -16,8 +15,7 @@ from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from iqstar.adapters import LoRASpec, with_adapters
-from iqstar.attention import _Softmax
-from iqstar.lean import keep_less, share_cast
+from iqstar.lean import keep_less
 
 SIZES = {
     "vocab_size": 50,
@@ -115,7 +113,7 @@ def test_the_gradient_under_autocast_is_as_near_to_the_exact_one():
 
 
 @pytest.mark.parametrize(
-    ("options", "share"), [({}, 0.75), ({"rank": 2}, 0.85)], ids=["all weights", "adapters"]
+    ("options", "share"), [({}, 0.6), ({"rank": 2}, 0.75)], ids=["all weights", "adapters"]
 )
 def test_less_is_kept(options, share):
     theirs, ours = both("llama", **options)
@@ -132,6 +130,8 @@ def test_which_layers_are_known():
         name: {type(m).__name__ for m in both(name)[1].modules() if "forward" in vars(m)}
         for name in CONFIGS
     }
+    assert all("Linear" in layers for layers in known.values())  # of GPT-2 the head alone
+    known = {name: layers - {"Linear"} for name, layers in known.items()}
     assert known == {
         "llama": {"LlamaRMSNorm", "LlamaMLP"},
         "llama, other activation": {"LlamaRMSNorm", "LlamaMLP"},
@@ -235,75 +235,3 @@ def test_norm_in_a_smaller_dtype_than_float32():
     for old, new in zip(found[0][1:], found[1][1:], strict=True):
         assert new.dtype == torch.bfloat16
         torch.testing.assert_close(new, old, atol=0.03, rtol=0.03)
-
-
-class TestSharedCast:
-    """Linear layers that read one tensor."""
-
-    @pytest.fixture
-    def layers(self):
-        layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-        seen = []
-        for layer in layers:
-            layer.register_forward_pre_hook(share_cast)
-            layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        return layers, seen
-
-    @pytest.mark.parametrize("gradient", [True, False])
-    def test_two_layers_read_one_cast(self, layers, gradient):
-        (first, second), seen = layers
-        x = torch.randn(3, 4, requires_grad=gradient)
-        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradient):
-            outputs = first(x), second(x)
-        assert seen[0].data_ptr() == seen[1].data_ptr()
-        assert seen[0].dtype == torch.bfloat16
-        assert all(o.requires_grad == gradient for o in outputs)
-
-    def test_a_cast_without_gradient_is_not_taken_for_one_with(self, layers):
-        (first, second), _ = layers
-        x = torch.randn(3, 4, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                first(x)
-            second(x).sum().backward()
-        assert x.grad is not None
-
-    def test_another_tensor_is_cast_anew(self, layers):
-        (first, second), seen = layers
-        with torch.autocast("cpu", torch.bfloat16):
-            first(torch.zeros(1, 4))
-            second(torch.ones(1, 4))
-        assert torch.equal(seen[1], torch.ones(1, 4, dtype=torch.bfloat16))
-
-    def test_nothing_is_cast_outside_of_autocast(self, layers):
-        (first, _), seen = layers
-        x = torch.randn(3, 4)
-        first(x)
-        assert seen[0] is x
-
-    def test_gradients_add_up_in_float32(self, layers):
-        (first, second), _ = layers
-        x = torch.randn(3, 4, requires_grad=True)
-        alone = x.detach().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # as Lightning's is
-            (first(x) + second(x)).sum().backward()
-            apart = [nn.functional.linear(alone, layer.weight, layer.bias) for layer in layers[0]]
-            sum(apart).sum().backward()
-        assert torch.equal(x.grad, alone.grad)
-
-    def test_the_cast_goes_with_the_tensor(self):
-        x = torch.randn(3, 4, requires_grad=True) * 2
-        with torch.autocast("cpu", torch.bfloat16):
-            share_cast(nn.Linear(4, 4), (x,))
-        gone = weakref.ref(x.iqstar_cast)
-        assert gone() is not None
-        del x
-        assert gone() is None
-
-
-def test_softmax_of_grouped_attention():
-    scores = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda s: _Softmax.apply(s, torch.float64), scores)
-    weights = _Softmax.apply(scores.to(torch.bfloat16), torch.bfloat16)
-    wide = scores.to(torch.bfloat16).softmax(-1, dtype=torch.float32)
-    assert torch.equal(weights, wide.to(torch.bfloat16))

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from iqstar.lean import keep_less
 from iqstar.packed import weights_packed
+from iqstar.recomputed import linear
 from iqstar.sampling import CategoricalSampler, uniform_numbers
 from test_policy import load
 from tiny import tiny_model
@@ -22,7 +24,8 @@ def layer_of(dtype=torch.float32, bias=True):
 
 
 def packed(layer):
-    return "forward" in vars(layer)
+    own = vars(layer).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not linear
 
 
 @served
@@ -57,6 +60,16 @@ def test_what_computes_otherwise_is_left_alone():
     plain = layer_of()
     with torch.autocast("cpu", torch.bfloat16), weights_packed(plain, rows=2):
         assert not packed(plain)
+
+
+@served
+def test_a_layer_that_keeps_less_is_packed_and_keeps_less_again():
+    layer = layer_of()
+    keep_less(layer)
+    own = layer.forward
+    with weights_packed(layer, rows=2):
+        assert packed(layer)
+    assert layer.forward == own
 
 
 @served

@@ -57,37 +57,65 @@ def grouped_attention(
             f"model.policy.attn_implementation: {NAME!r} has no dropout, soft-capping or sinks; "
             "use 'eager' or 'sdpa' for this model"
         )
-    batch, heads, queries, size = query.shape
-    groups, keys = key.shape[1], key.shape[2]
-    share = heads // groups
-    stacked = query.reshape(batch, groups, share * queries, size)
-    scores = torch.matmul(stacked, key.transpose(2, 3)).view(batch, groups, share, queries, keys)
-    scores = scores * (size**-0.5 if scaling is None else scaling)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    heads, size = query.shape[1], query.shape[3]
+    stacked = query.unflatten(1, (key.shape[1], heads // key.shape[1])).contiguous()
     if attention_mask is not None:
-        scores = scores + attention_mask[:, :, None, :, :keys]
-    weights = _Softmax.apply(scores, value.dtype).view(batch, groups, share * queries, keys)
-    output = torch.matmul(weights, value).view(batch, heads, queries, size)
-    return output.transpose(1, 2).contiguous(), None
+        attention_mask = attention_mask[:, :, None, :, : key.shape[2]]
+    scaling = size**-0.5 if scaling is None else scaling
+    output = _Attention.apply(stacked, key, value, attention_mask, scaling)
+    return output.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
-class _Softmax(torch.autograd.Function):
-    """Softmax in float32 at least; keeps its result as it is handed on, not that in float32."""
+class _Attention(torch.autograd.Function):
+    """Attention of stacked query heads; keeps queries, keys and values, and no weights.
+
+    The backward pass computes the weights again: their products are few beside those of the linear
+    layers, and there are as many of them as queries times keys.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, dtype: torch.dtype) -> Tensor:
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        weights = scores.softmax(dim=-1, dtype=wide).to(dtype)
-        ctx.save_for_backward(weights)
-        ctx.wide, ctx.dtype = wide, scores.dtype
-        return weights
+    def forward(
+        ctx: Any,
+        query: Float[Tensor, "batch groups share queries size"],
+        key: Float[Tensor, "batch groups keys size"],
+        value: Float[Tensor, "batch groups keys size"],
+        mask: Tensor | None,
+        scaling: float,
+    ) -> Float[Tensor, "batch groups share queries size"]:
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scaling = scaling
+        weights = _weights(query, key, mask, scaling).to(value.dtype)
+        return torch.matmul(weights.flatten(2, 3), value).view_as(query)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        weights = ctx.saved_tensors[0].to(ctx.wide)
-        grad = grad.to(ctx.wide)
-        inner = torch.linalg.vecdot(grad, weights).unsqueeze(-1)
-        return ((grad - inner) * weights).to(ctx.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask = ctx.saved_tensors
+        weights = _weights(query, key, mask, ctx.scaling).to(value.dtype)
+        rows = grad.flatten(2, 3)
+        grad_value = torch.matmul(weights.flatten(2, 3).transpose(2, 3), rows)
+        grad_weights = torch.matmul(rows, value.transpose(2, 3)).view_as(weights)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad_weights, weights = grad_weights.to(wide), weights.to(wide)
+        inner = torch.linalg.vecdot(grad_weights, weights).unsqueeze(-1)
+        grad_scores = grad_weights.sub_(inner).mul_(weights).mul_(ctx.scaling)
+        flat = grad_scores.to(query.dtype).flatten(2, 3)
+        grad_query = torch.matmul(flat, key).view_as(query)
+        grad_key = torch.matmul(flat.transpose(2, 3), query.flatten(2, 3))
+        return grad_query, grad_key, grad_value, None, None
+
+
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """softmax(q·kᵀ·scaling + mask), in float32 at least."""
+    scores = torch.matmul(query.flatten(2, 3), key.transpose(2, 3))
+    scores = scores.view(*query.shape[:-1], key.shape[2]) * scaling
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def register() -> None:

@@ -1,10 +1,11 @@
 """Layers that keep less for their backward pass, and compute as before.
 
 autograd keeps the inputs and results of every small operation of a norm and of a gated activation,
-and autocast a copy of a layer's input for each of the linear layers that read it: a third of all
-activations. Here a norm keeps its input, a gated activation its two factors, and the linear layers
-share one copy; what else the backward pass needs it computes again. The forward pass gives the same
-bits, the gradient differs by rounding (docs/decisions/021-lean-layers.md).
+and for each linear layer its input, under autocast as a copy of its own, beside one of the weight:
+half of all activations. Here a norm keeps its input, a gated activation its two factors, and a
+linear layer that reads their results nothing (:mod:`iqstar.recomputed`); what else the backward
+pass needs it computes again. The forward pass gives the same bits, the gradient differs by rounding
+(docs/decisions/021-lean-layers.md).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from iqstar.recomputed import follows_from, linear
+
 Forward = Callable[[Any, Tensor], Tensor]
 """A layer's forward pass: (the layer, its input) → its output."""
 _FACTORS = ("gate_proj", "up_proj", "down_proj")
@@ -30,8 +33,6 @@ _DTYPES = (
     (torch.float32, torch.bfloat16),
 )
 """Of weights and inputs that are tried; the last one is a norm's under autocast."""
-_CAST = "iqstar_cast"
-"""Attribute of a tensor that was cast: the cast."""
 
 
 def keep_less(model: nn.Module) -> None:
@@ -44,52 +45,8 @@ def keep_less(model: nn.Module) -> None:
         model: With its adapters, if it has some.
     """
     for layer in model.modules():
-        if type(layer) is nn.Linear:  # others may change their input, or see more of it
-            layer.register_forward_pre_hook(share_cast)
         if (forward := _same_as(layer)) is not None:
             layer.forward = MethodType(forward, layer)
-
-
-def share_cast(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-    """A pre-hook of linear layers: under autocast, those that read one tensor cast it once.
-
-    The cast goes with the tensor, as long as that lives.
-
-    Args:
-        layer: The linear layer.
-        inputs: Its input.
-
-    Returns:
-        The input in autocast's dtype; None, which leaves it alone, where nothing is cast.
-    """
-    if not inputs:
-        return None
-    source, *rest = inputs
-    device = source.device.type
-    if source.dtype != torch.float32 or not torch.is_autocast_enabled(device):
-        return None
-    dtype = torch.get_autocast_dtype(device)
-    cast: Tensor | None = getattr(source, _CAST, None)
-    if cast is None or cast.dtype != dtype:
-        cast = source.detach().to(dtype)
-        setattr(source, _CAST, cast)
-    if not (source.requires_grad and torch.is_grad_enabled()):
-        return (cast, *rest)
-    return (_Cast.apply(source, cast), *rest)
-
-
-class _Cast(torch.autograd.Function):
-    """A tensor's cast, for one of its readers; their gradients add up in the tensor's dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, source: Tensor, cast: Tensor) -> Tensor:
-        ctx.dtype = source.dtype
-        return cast.view_as(cast)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.to(ctx.dtype), None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -98,16 +55,16 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Float[Tensor, "*rows dim"], weight: Float[Tensor, " dim"], eps: float
-    ) -> Float[Tensor, "*rows dim"]:
+    ) -> tuple[Float[Tensor, "*rows dim"], Float[Tensor, "*rows 1"]]:
         wide = x.to(torch.float32)
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
-        unit = (wide * scale).to(x.dtype)
-        return unit.mul_(weight) if unit.dtype == weight.dtype else weight * unit
+        ctx.mark_non_differentiable(scale)
+        return _scaled(x, weight, scale), scale
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         unit = x.to(torch.float32) * scale
         grad_weight = None
@@ -140,19 +97,31 @@ class _Gated(torch.autograd.Function):
         return grad_gate, active.detach().mul_(grad), None
 
 
+def _scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    unit = (x.to(torch.float32) * scale).to(x.dtype)
+    return unit.mul_(weight) if unit.dtype == weight.dtype else weight * unit
+
+
 def _norm(layer: Any, hidden_states: Tensor) -> Tensor:
-    output: Tensor = _RMSNorm.apply(hidden_states, layer.weight, layer.variance_epsilon)
-    return output
+    normed, scale = _RMSNorm.apply(hidden_states, layer.weight, layer.variance_epsilon)
+    return follows_from(normed, _scaled, hidden_states, layer.weight, scale)
 
 
 def _gated(layer: Any, x: Tensor) -> Tensor:
-    active = _Gated.apply(layer.gate_proj(x), layer.up_proj(x), layer.act_fn)
-    output: Tensor = layer.down_proj(active)
+    def product(gate: Tensor, up: Tensor) -> Tensor:
+        active: Tensor = layer.act_fn(gate)
+        return active.mul_(up)
+
+    gate, up = layer.gate_proj(x), layer.up_proj(x)
+    active = _Gated.apply(gate, up, layer.act_fn)
+    output: Tensor = layer.down_proj(follows_from(active, product, gate, up))
     return output
 
 
 def _same_as(layer: Any) -> Forward | None:
     """Which of our forward passes gives a layer's own bits; None if none does."""
+    if type(layer) is nn.Linear:  # a subclass may change its input, or see more of it
+        return None if "forward" in vars(layer) else linear
     if hasattr(layer, "variance_epsilon") and list(layer.state_dict()) == ["weight"]:
         small = _like(layer)
         small.weight = nn.Parameter(_numbers(4))
@@ -160,9 +129,9 @@ def _same_as(layer: Any) -> Forward | None:
     if set(layer._modules) == {*_FACTORS, "act_fn"} and not layer.act_fn.state_dict():
         small = _like(layer)
         for number, name in enumerate(_FACTORS):
-            linear = nn.Linear(4, 4, bias=False, device="meta")
-            linear.weight = nn.Parameter(_numbers(4, 4) + number)
-            setattr(small, name, linear)
+            factor = nn.Linear(4, 4, bias=False, device="meta")
+            factor.weight = nn.Parameter(_numbers(4, 4) + number)
+            setattr(small, name, factor)
         x = _numbers(4)
         alone = layer.act_fn(x).data_ptr() != x.data_ptr()  # its result is overwritten
         return _if_agreed(_gated, small, _DTYPES[:2]) if alone else None

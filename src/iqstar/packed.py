@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from iqstar.recomputed import linear
+
 
 @contextmanager
 def weights_packed(model: nn.Module, rows: int) -> Iterator[None]:
@@ -28,22 +30,25 @@ def weights_packed(model: nn.Module, rows: int) -> Iterator[None]:
         model: Its weights must not change meanwhile.
         rows: That products will have, for the most part; any other number is served too.
     """
-    packed: list[nn.Module] = []
+    packed: list[tuple[nn.Module, Any]] = []
     try:
         for layer in model.modules():
             if packable(layer):
+                packed.append((layer, vars(layer).pop("forward", None)))
                 vars(layer)["forward"] = MethodType(_packed_forward(layer, rows), layer)
-                packed.append(layer)
         yield
     finally:
-        for layer in packed:
+        for layer, own in packed:
             del vars(layer)["forward"]
+            if own is not None:
+                vars(layer)["forward"] = own
 
 
 def packable(layer: nn.Module) -> bool:
     """Whether a layer is a linear one whose products are faster packed."""
-    # A subclass may compute something else, as may a layer whose forward was replaced.
-    if type(layer) is not nn.Linear or "forward" in vars(layer):
+    # A subclass may compute something else, as may a layer whose forward others replaced.
+    own = vars(layer).get("forward")
+    if type(layer) is not nn.Linear or getattr(own, "__func__", own) not in (None, linear):
         return False
     weight = layer.weight
     return (
