@@ -66,7 +66,8 @@ def grouped_attention(
     if attention_mask is not None:
         attention_mask = attention_mask[:, :, None, :, : key.shape[2]]
     scaling = size**-0.5 if scaling is None else scaling
-    output = _Attention.apply(stacked, key, value, attention_mask, scaling)
+    attend = _Attention.apply if torch.is_grad_enabled() else _attend
+    output: Tensor = attend(stacked, key, value, attention_mask, scaling)
     return output.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
@@ -88,8 +89,7 @@ class _Attention(torch.autograd.Function):
     ) -> Float[Tensor, "batch groups share queries size"]:
         ctx.save_for_backward(query, key, value, mask)
         ctx.scaling = scaling
-        weights = _weights(query, key, mask, scaling).to(value.dtype)
-        return torch.matmul(weights.flatten(2, 3), value).view_as(query)
+        return _attend(query, key, value, mask, scaling)
 
     @staticmethod
     @once_differentiable
@@ -107,6 +107,13 @@ class _Attention(torch.autograd.Function):
         grad_query = torch.matmul(flat, key).view_as(query)
         grad_key = torch.matmul(flat.transpose(2, 3), query.flatten(2, 3))
         return grad_query, grad_key, grad_value, None, None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+) -> Tensor:
+    weights = _weights(query, key, mask, scaling).to(value.dtype)
+    return torch.matmul(weights.flatten(2, 3), value).view_as(query)
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

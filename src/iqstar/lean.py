@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import signature
 from types import MethodType
 from typing import Any
@@ -56,8 +57,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Float[Tensor, "*rows dim"], weight: Float[Tensor, " dim"], eps: float
     ) -> tuple[Float[Tensor, "*rows dim"], Float[Tensor, "*rows 1"]]:
-        wide = x.to(torch.float32)
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        scale = _scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
         return _scaled(x, weight, scale), scale
@@ -83,8 +83,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        active: Tensor = activation(gate)
-        return active.mul_(up)
+        return _product(activation, gate, up)
 
     @staticmethod
     @once_differentiable
@@ -97,24 +96,36 @@ class _Gated(torch.autograd.Function):
         return grad_gate, active.detach().mul_(grad), None
 
 
+def _scale(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.to(torch.float32).pow(2).mean(-1, keepdim=True) + eps)
+
+
 def _scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     unit = (x.to(torch.float32) * scale).to(x.dtype)
     return unit.mul_(weight) if unit.dtype == weight.dtype else weight * unit
 
 
+def _product(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    active: Tensor = activation(gate)
+    return active.mul_(up)
+
+
 def _norm(layer: Any, hidden_states: Tensor) -> Tensor:
-    normed, scale = _RMSNorm.apply(hidden_states, layer.weight, layer.variance_epsilon)
-    return follows_from(normed, _scaled, hidden_states, layer.weight, scale)
+    weight, eps = layer.weight, layer.variance_epsilon
+    if not torch.is_grad_enabled():  # without the overhead, which counts in rollouts
+        return _scaled(hidden_states, weight, _scale(hidden_states, eps))
+    normed, scale = _RMSNorm.apply(hidden_states, weight, eps)
+    return follows_from(normed, _scaled, hidden_states, weight, scale)
 
 
 def _gated(layer: Any, x: Tensor) -> Tensor:
-    def product(gate: Tensor, up: Tensor) -> Tensor:
-        active: Tensor = layer.act_fn(gate)
-        return active.mul_(up)
-
-    gate, up = layer.gate_proj(x), layer.up_proj(x)
-    active = _Gated.apply(gate, up, layer.act_fn)
-    output: Tensor = layer.down_proj(follows_from(active, product, gate, up))
+    gate, up, activation = layer.gate_proj(x), layer.up_proj(x), layer.act_fn
+    if torch.is_grad_enabled():
+        active = _Gated.apply(gate, up, activation)
+        active = follows_from(active, partial(_product, activation), gate, up)
+    else:
+        active = _product(activation, gate, up)
+    output: Tensor = layer.down_proj(active)
     return output
 
 
