@@ -26,9 +26,9 @@ def test_equals_its_naive_equivalent():
 
 def test_gradient():
     torch.manual_seed(0)
-    q = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(2, 2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    mask = torch.full((3, 3), -torch.inf, dtype=torch.float64).triu(1).expand(2, 1, 3, 3)
+    q = torch.randn(2, 4, 3, 4, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.full((3, 5), -torch.inf, dtype=torch.float64).triu(3).expand(2, 1, 3, 5)
 
     def attend(q, k, v):
         return grouped_attention(torch.nn.Identity(), q, k, v, mask)[0]
@@ -53,6 +53,25 @@ def test_under_autocast_products_are_in_its_dtype_and_the_softmax_is_not():
         naive = (weights @ v).transpose(1, 2)
     assert ours.dtype == torch.bfloat16
     assert torch.equal(ours, naive)
+
+
+def test_gradient_under_autocast_is_near_the_exact_one():
+    """Queries and keys are float32 after the rotation of some models, values bfloat16."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, n, 8, 4, requires_grad=True) for n in (4, 2, 2)]
+    found = []
+    for autocast in (False, True):
+        q, k, v = leaves
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            values = v.to(torch.bfloat16) if autocast else v
+            output, _ = grouped_attention(torch.nn.Identity(), q, k, values, None)
+        output.float().square().sum().backward()
+        found.append([x.grad for x in leaves])
+        for x in leaves:
+            x.grad = None
+    for exact, ours in zip(*found, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("option", [{"softcap": 30.0}, {"dropout": 0.1}])

@@ -140,6 +140,7 @@ MIXED = {
     "mixed": {"precision": "bf16-mixed", "sharing": False},
     "mixed, null": {"precision": "bf16-mixed", "estimator": NullEstimator()},
     "recomputed": {"checkpointing": True},
+    "mixed, recomputed": {"precision": "bf16-mixed", "checkpointing": True, "sharing": False},
 }
 #: name of a two-process run → its arguments
 RUNS = {
@@ -310,10 +311,11 @@ def test_recomputed_activations_are_one_batch_too(paired, whole, strategy):
         check_same(rank[f"recomputed, {strategy}"], whole("float32"), 1e-5)
 
 
-def test_matrices_gathered_in_bfloat16_are_autocasts(paired):
+@pytest.mark.parametrize("kind", ["mixed", "mixed, recomputed"])
+def test_matrices_gathered_in_bfloat16_are_autocasts(paired, kind):
     """FSDP's gradient is DDP's: the same products of the same bits, summed in float32."""
     for rank in paired:
-        check_same(rank["mixed, fsdp"], rank["mixed, ddp"], 1e-5)
+        check_same(rank[f"{kind}, fsdp"], rank[f"{kind}, ddp"], 1e-5)
 
 
 def test_sharded_ranks_sample_responses_of_different_lengths(paired):

@@ -125,21 +125,36 @@ def test_less_is_kept(options, share):
     assert (grad - lean_grad).norm() < 0.02 * grad.norm()
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_what_is_computed_again_has_the_bits_that_it_had(monkeypatch, autocast):
+    """Of both norms of both layers, the last norm, and the gated activations."""
+    _, ours = both("llama")
+    noted = []
+
+    def note(tensor, compute, *origin):
+        noted.append((tensor.detach().clone(), compute, origin))
+        return tensor
+
+    monkeypatch.setattr("iqstar.lean.follows_from", note)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours.get_decoder()(IDS)
+    assert len(noted) == 2 * 3 + 1
+    assert all(torch.equal(tensor, compute(*origin)) for tensor, compute, origin in noted)
+
+
 def test_which_layers_are_known():
     known = {
         name: {type(m).__name__ for m in both(name)[1].modules() if "forward" in vars(m)}
         for name in CONFIGS
     }
-    assert all("Linear" in layers for layers in known.values())  # of GPT-2 the head alone
-    known = {name: layers - {"Linear"} for name, layers in known.items()}
     assert known == {
-        "llama": {"LlamaRMSNorm", "LlamaMLP"},
-        "llama, other activation": {"LlamaRMSNorm", "LlamaMLP"},
-        "qwen3": {"Qwen3RMSNorm", "Qwen3MLP"},
-        "phi3": {"Phi3RMSNorm"},  # its gate and up are one matrix
-        "gemma": {"GemmaMLP"},  # its norms add one to their weight
-        "gemma2": {"Gemma2MLP"},
-        "gpt2": set(),
+        "llama": {"LlamaRMSNorm", "LlamaMLP", "Linear"},
+        "llama, other activation": {"LlamaRMSNorm", "LlamaMLP", "Linear"},
+        "qwen3": {"Qwen3RMSNorm", "Qwen3MLP", "Linear"},
+        "phi3": {"Phi3RMSNorm", "Linear"},  # its gate and up are one matrix
+        "gemma": {"GemmaMLP", "Linear"},  # its norms add one to their weight
+        "gemma2": {"Gemma2MLP", "Linear"},
+        "gpt2": {"Linear"},  # its head alone
     }
 
 

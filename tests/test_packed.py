@@ -73,6 +73,21 @@ def test_a_layer_that_keeps_less_is_packed_and_keeps_less_again():
 
 
 @served
+def test_a_layer_that_cannot_be_packed_says_why_and_stays(monkeypatch):
+    layers = nn.ModuleList([layer_of(), layer_of()])
+    keep_less(layers)
+    own = [layer.forward for layer in layers]
+
+    def full(layer, rows):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("iqstar.packed._packed_forward", full)
+    with pytest.raises(MemoryError, match="no room"), weights_packed(layers, rows=2):
+        pass
+    assert [layer.forward for layer in layers] == own
+
+
+@served
 def test_layers_are_given_back_when_generation_fails():
     layer = layer_of()
     with pytest.raises(RuntimeError, match="inner product"), weights_packed(layer, rows=2):

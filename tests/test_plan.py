@@ -269,14 +269,14 @@ def test_one_gpu_by_hand():
     assert plan.totals == {
         "evaluation": always + 200 + 200 + 20,
         "rollout": always + 200 + 100 + 10,
-        "scoring": always + 200 + 60 + 30,
-        "update": always + gradients + 160 + 60 + 500 + 70 + 5,
+        "scoring": always + 60 + 30,
+        "update": always + gradients + 60 + 500 + 70 + 5,
         "step": always + gradients + 60 + 400,  # roots of all second moments at once
     }
-    assert plan.peak == plan.totals["update"] == 3635
+    assert plan.peak == plan.totals["update"] == 3475
     assert plan.fits
-    assert not make_plan(RUN, replace(ONE, memory=3634)).fits
-    assert make_plan(RUN, replace(ONE, memory=3635)).fits
+    assert not make_plan(RUN, replace(ONE, memory=3474)).fits
+    assert make_plan(RUN, replace(ONE, memory=3475)).fits
 
 
 def test_ddp_holds_all_and_no_copy_of_the_gradients():
@@ -294,7 +294,7 @@ def test_sharding_halves_what_lasts():
     # matrices, 320 bytes with the norms, are gathered in half the size: 160 less.
     assert two.phases["update"]["gathered weights"] == 160 + 2 * 40
     assert two.phases["rollout"]["gathered weights"] == 160 + 160
-    assert two.phases["update"]["copies in autocast's dtype"] == 0
+    assert two.phases["rollout"]["copies in autocast's dtype"] == 40  # of the head
     assert two.peak > four.peak > make_plan(RUN, replace(sharded, devices=8)).peak
 
 

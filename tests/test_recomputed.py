@@ -132,6 +132,42 @@ def test_a_checkpointed_layer_keeps_its_input_alone():
     assert torch.equal(grad, layer.weight.grad)
 
 
+def test_an_input_that_was_changed_in_place_is_kept():
+    (layer,), source = layers(1), torch.randn(5, 4)
+    weight = layer.weight.detach().clone().requires_grad_()
+    changed = follows_from(source.requires_grad_() * 2, Doubled(), source)
+    changed.mul_(3)
+    linear(layer, changed).sum().backward()
+    nn.functional.linear(6 * source, weight).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, weight.grad)
+
+
+class SameInAView(torch.autograd.Function):
+    """Returns what it was given, as FSDP does with what a layer reads."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_a_view_of_all_of_it_has_the_recipe_and_a_part_has_none():
+    (layer,), compute = layers(1), Doubled()
+    source = torch.randn(5, 4, requires_grad=True)
+    whole, part = (follows_from(source * 2, compute, source) for _ in range(2))
+    linear(layer, SameInAView.apply(whole)).sum().backward()
+    assert compute.times == 1
+    expected = (2 * source).sum(0).expand(3, 4)
+    torch.testing.assert_close(layer.weight.grad, expected)
+    layer.weight.grad = None
+    linear(layer, part[:2]).sum().backward()
+    assert compute.times == 1
+    torch.testing.assert_close(layer.weight.grad, (2 * source)[:2].sum(0).expand(3, 4))
+
+
 def test_a_frozen_weight_needs_no_input():
     (layer,), compute = layers(1), Doubled()
     layer.weight.requires_grad_(False)
@@ -184,6 +220,33 @@ class TestSharedCast:
         for ours, theirs in zip(mine, [x.grad, *plain], strict=True):
             assert ours.dtype == torch.float32
             assert torch.equal(ours, theirs)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_inputs_of_every_dtype(self, dtype):
+        (layer,) = layers(1, dtype=dtype)
+        x = torch.randn(5, 4, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            linear(layer, x).sum().backward()
+        assert (x.grad.dtype, layer.weight.grad.dtype) == (dtype, dtype)
+        torch.testing.assert_close(
+            layer.weight.grad.float(), x.float().sum(0).expand(3, 4), atol=0.05, rtol=0.05
+        )
+
+    def test_an_input_with_a_recipe_is_computed_once_and_cast(self):
+        modules, compute = layers(), Doubled()
+        source = torch.randn(5, 4, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            doubled = follows_from(source * 2, compute, source)
+            loss = sum(linear(m, doubled).float().sum() for m in modules)
+        loss.backward()
+        assert compute.times == 1
+        wanted = (2 * source).to(torch.bfloat16).float().sum(0).expand(3, 4)
+        torch.testing.assert_close(modules[0].weight.grad, wanted, atol=0.02, rtol=0.02)
+
+    def test_under_inference_mode(self):
+        (layer,) = layers(1)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            assert linear(layer, torch.randn(5, 4)).dtype == torch.bfloat16
 
     def test_the_cast_goes_with_the_tensor(self):
         x = torch.randn(3, 4, requires_grad=True) * 2

@@ -64,6 +64,18 @@ def with_adapters(model: nn.Module, lora: LoRASpec) -> nn.Module:
     return adapted
 
 
+def leave_casts_to_autocast(model: nn.Module) -> None:
+    """Keeps PEFT from casting what adapters read, in place, for a model that runs under autocast.
+
+    Autocast casts that back, to the same bits; both copies would be kept for the backward pass.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+
+
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """PEFT's layers without their adapters.

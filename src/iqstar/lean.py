@@ -39,8 +39,8 @@ _DTYPES = (
 def keep_less(model: nn.Module) -> None:
     """Replaces the forward pass of layers that compute as ours do, in place.
 
-    What a layer computes is tried out on small tensors, so that an architecture with another norm
-    or activation stays as it is. The weights may be on the meta device.
+    What a norm or an activation computes is tried out on small tensors, so that an architecture
+    with another one stays as it is. The weights may be on the meta device.
 
     Args:
         model: With its adapters, if it has some.

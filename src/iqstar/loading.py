@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from iqstar import attention
-from iqstar.adapters import with_adapters
+from iqstar.adapters import leave_casts_to_autocast, with_adapters
 from iqstar.admission import KNOWN, can_share, check_head, check_sampling, silence
 from iqstar.allocator import keep_freed_memory
 from iqstar.chat import ChatFormat
@@ -69,6 +69,8 @@ def make_policy(
         actor.model.requires_grad_(False)
         _cast_matrices(actor.model, precision)
         actor.model = with_adapters(actor.model, spec.lora)
+        if precision in AUTOCAST:
+            leave_casts_to_autocast(actor.model)
         keep_less(actor.model)
         frozen = None
     else:

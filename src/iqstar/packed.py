@@ -34,8 +34,9 @@ def weights_packed(model: nn.Module, rows: int) -> Iterator[None]:
     try:
         for layer in model.modules():
             if packable(layer):
-                packed.append((layer, vars(layer).pop("forward", None)))
-                vars(layer)["forward"] = MethodType(_packed_forward(layer, rows), layer)
+                forward = MethodType(_packed_forward(layer, rows), layer)
+                packed.append((layer, vars(layer).get("forward")))
+                vars(layer)["forward"] = forward
         yield
     finally:
         for layer, own in packed:

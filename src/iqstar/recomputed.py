@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _CAST = "iqstar_cast"
-"""Attribute of a tensor that was cast: the cast."""
+"""Note on a tensor that was cast: the cast."""
 _ORIGIN = "iqstar_origin"
-"""Attribute of a tensor that is cheap to compute: its recipe and what that needs."""
+"""Note on a tensor that is cheap to compute: its recipe and what that needs."""
 
 
 class Recipe:
     """How a tensor is computed again; those that read it share the result.
 
-    The first one in the backward pass computes it, the last one lets it go. A recipe holds no
-    tensor before, so that a checkpointed layer keeps none by it.
+    The first one in the backward pass computes it, the last one lets it go (or the graph does, if
+    the result of some reader is not used). A recipe holds no tensor before, so that a checkpointed
+    layer keeps none by it.
 
     Args:
         compute: From the tensors that it follows from.
@@ -69,8 +70,28 @@ def follows_from(tensor: Tensor, compute: Callable[..., Tensor], *origin: Tensor
         The tensor itself.
     """
     if tensor.requires_grad:
-        setattr(tensor, _ORIGIN, (Recipe(compute), origin))
+        _note(tensor, _ORIGIN, (Recipe(compute), origin))
     return tensor
+
+
+def _note(tensor: Tensor, name: str, what: Any) -> None:
+    setattr(tensor, name, (_version(tensor), what))
+
+
+def _noted(tensor: Tensor, name: str) -> Any:
+    """What was noted on a tensor, or on one that it is a view of, if it is what it was."""
+    version, what = getattr(tensor, name, (None, None))
+    if what is not None:
+        return what if version == _version(tensor) else None
+    whole = tensor._base  # FSDP hands some layers their input in a view
+    if whole is None or (whole.shape, whole.stride()) != (tensor.shape, tensor.stride()):
+        return None
+    return _noted(whole, name)
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts changes in place; of inference tensors nobody does."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def linear(layer: nn.Linear, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
@@ -82,13 +103,13 @@ def linear(layer: nn.Linear, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, 
     """
     read = cast_once(x)
     if torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad):
-        output: Tensor = _Linear.apply(x, read, layer.weight, layer.bias, getattr(x, _ORIGIN, None))
+        output: Tensor = _Linear.apply(x, read, layer.weight, layer.bias, _noted(x, _ORIGIN))
         return output
     return nn.functional.linear(read, layer.weight, layer.bias)
 
 
 def cast_once(x: Tensor) -> Tensor:
-    """Under autocast, a float32 tensor's cast without gradient; all who ask share it.
+    """Under autocast, a tensor's cast without gradient; all who ask share it.
 
     The cast goes with the tensor, as long as that lives. What needs no cast stays as it is.
 
@@ -96,13 +117,15 @@ def cast_once(x: Tensor) -> Tensor:
         x: What a product reads.
     """
     device = x.device.type
-    if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+    if not torch.is_autocast_enabled(device):
         return x
     dtype = torch.get_autocast_dtype(device)
-    cast: Tensor | None = getattr(x, _CAST, None)
+    if x.dtype in (dtype, torch.float64):
+        return x
+    cast: Tensor | None = _noted(x, _CAST)
     if cast is None or cast.dtype != dtype:
         cast = x.detach().to(dtype)
-        setattr(x, _CAST, cast)
+        _note(x, _CAST, cast)
     return cast
 
 
@@ -123,7 +146,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.recipe = None
         kept: tuple[Tensor, ...] = ()
-        if weight.requires_grad:
+        if ctx.needs_input_grad[2]:
             kept = (read,)
             if origin is not None:
                 ctx.recipe, kept = origin

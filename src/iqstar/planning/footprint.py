@@ -75,15 +75,15 @@ class Footprint:
         states: The optimiser's.
         states_assumed: Whether these are a guess, since the optimiser could not be traced.
         step_buffers: What the optimiser takes for a moment, weight by weight.
-        head_casts: Autocast's copy of the output head, which generation makes.
-        casts: Autocast's copies of all other trained matrices.
+        head_casts: Autocast's copy of the output head, which generation keeps.
+        casts: Its copies of all other trained matrices, likewise.
         packed: Matrices that generating packs on a CPU.
         rollout: Generating one.
         evaluation: Generating in an evaluation.
         evaluation_scoring: Scoring in an evaluation.
         scoring: Scoring one micro-batch under the frozen models.
         stored: What scoring leaves for the update: hidden states of the whole rollout.
-        activations: What the backward pass needs, autocast's copies aside.
+        activations: What the backward pass needs.
         loss: Logits of a chunk, and gradients of head and hidden states.
         backward: What the backward pass takes beyond all that.
         flops: Of one optimiser step, by phase.

@@ -16,8 +16,9 @@ from iqstar.planning.footprint import Footprint, Weights
 GIB = 2**30
 WHOLE_BLOCKS_MARGIN = 1.5
 """Free memory, in sizes of the blocks, above which ``sharding.whole_blocks`` gathers them all."""
+CASTS = "copies in autocast's dtype"
 PACKED = "packed matrices"
-FREED = ("KV cache", "activations", "logits and their gradients", "buffers", PACKED)
+FREED = ("KV cache", "activations", "logits and their gradients", "buffers", CASTS, PACKED)
 """Parts that are given back when a phase ends."""
 BLOCKS_AT_ONCE = 2
 """Gathered blocks of a sharded model: the one that computes, and the next one on its way."""
@@ -79,11 +80,11 @@ class Plan:
 def make_plan(run: Footprint, layout: Layout) -> Plan:
     """What a run takes of each device of a layout."""
     always = lasting(run, layout)
-    copies = run.casts - gathered_casts(run, layout)
-    casts = {"copies in autocast's dtype": copies}
-    generating = {"copies in autocast's dtype": copies + run.head_casts}
-    if run.packed and not layout.gpu:  # it lies where the gradients were
-        generating = {PACKED: max(run.packed - gradient_bytes(run, layout), 0)}
+    generating = {CASTS: run.casts - gathered_casts(run, layout) + run.head_casts}
+    if not layout.gpu:  # copies lie where the gradients were
+        generating = {CASTS: generating[CASTS], PACKED: run.packed}
+        free = gradient_bytes(run, layout)
+        generating = {name: max(size - free, 0) for name, size in generating.items()}
     computing = gathered(run, layout, whole=False)
     room = layout.memory - sum(always.values()) - sum(root_groups(run, layout).values())
     blocks = run.policy.blocks - gathered_casts(run, layout)
@@ -92,22 +93,17 @@ def make_plan(run: Footprint, layout: Layout) -> Plan:
     phases: dict[str, dict[str, int]] = {}
     if run.evaluation.cache:
         scoring, working = run.evaluation_scoring, run.evaluation.working
-        if sum(sampling.values()) + run.evaluation.cache + working > scoring:
-            own = {"KV cache": run.evaluation.cache, "activations": working}
-            phases["evaluation"] = {**generating, **sampling, **own}
-        else:
-            phases["evaluation"] = {**generating, **computing, "activations": scoring}
+        own = {"KV cache": run.evaluation.cache, "activations": working}
+        either = ({**generating, **sampling, **own}, {**computing, "activations": scoring})
+        phases["evaluation"] = max(either, key=lambda parts: sum(parts.values()))
     if run.rollout.cache:
         own = {"KV cache": run.rollout.cache, "activations": run.rollout.working}
         phases["rollout"] = {**generating, **sampling, **own}
     stored = {"frozen models' hidden states": run.stored}
-    # Autocast keeps its copies until scoring is done.
-    seen = generating if run.rollout.cache and PACKED not in generating else {}
-    phases["scoring"] = {**seen, **computing, **stored, "activations": run.scoring}
+    phases["scoring"] = {**computing, **stored, "activations": run.scoring}
     gradients = {"gradients": gradient_bytes(run, layout)}
     phases["update"] = {
         **gradients,
-        **casts,
         **computing,
         **stored,
         "activations": run.activations,

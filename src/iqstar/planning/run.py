@@ -140,8 +140,10 @@ class _Tracer:
         return sum(p.numel() for p in cast) * read.itemsize
 
     @contextmanager
-    def autocast(self) -> Iterator[None]:
-        with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype is not None):
+    def autocast(self, kept: bool = False) -> Iterator[None]:
+        """The trainer's autocast; generation keeps the casts of weights, all else does not."""
+        on = self.dtype is not None
+        with torch.autocast("cpu", dtype=self.dtype, enabled=on, cache_enabled=kept):
             yield
 
     def planned(self, head: LanguageHead) -> LanguageHead:
@@ -175,7 +177,7 @@ class _Tracer:
 
         traced = self.decoding if fits(lm.plain, length) else self.growing
         lm.eval()
-        with self.autocast(), Trace(self.weights) as trace:
+        with self.autocast(kept=True), Trace(self.weights) as trace:
             self.forward(rows, length - 1)
             flops = trace.flops
             trace.peak = trace.live
@@ -239,7 +241,7 @@ class _Tracer:
             logp = ours.logprobs(index)
             kl_divergence(logp, theirs.logprobs(index))
             entropy(logp)
-            return max(trace.peak - self.all_casts + self.head_casts, 0)
+            return trace.peak
 
     def scoring_and_update(self) -> dict[str, int]:
         """One micro-batch under the frozen models, then under the policy, forward and backward."""
@@ -288,13 +290,12 @@ class _Tracer:
             backward = trace.peak - stored
             update_flops = trace.flops - scoring_flops
         gradients = sum(p.grad.nbytes for p in actor.parameters() if p.grad is not None)
-        casts = min(self.all_casts - self.head_casts, kept)
         whole = round(hidden_states * work.rollout_rows / rows)
         return {
             # The states of one scoring are there twice while they are joined.
             "scoring": scoring - stored + max(scorer.hidden, default=0),
             "stored": stored - hidden_states + whole,
-            "activations": kept - casts,
+            "activations": kept,
             "loss": forward - kept,
             "backward": max(backward - gradients - forward, 0),
             "scoring_flops": scoring_flops,
