@@ -16,6 +16,7 @@ from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
 from iqstar.adapters import LoRASpec, with_adapters
 from iqstar.lean import keep_less
+from iqstar.planning.tracing import Trace
 
 SIZES = {
     "vocab_size": 50,
@@ -156,6 +157,21 @@ def test_which_layers_are_known():
         "gemma2": {"Gemma2MLP", "Linear"},
         "gpt2": {"Linear"},  # its head alone
     }
+
+
+def test_a_checkpointed_layer_computes_no_more_again_than_it_did():
+    """PyTorch leaves a block's last product out of what it computes again."""
+    theirs, _ = both("llama")
+    ours = copy.deepcopy(theirs)
+    keep_less(ours, checkpointed=True)
+    counts = []
+    for model in (theirs, ours):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        with Trace() as trace:
+            states_and_gradient(model, False)
+        counts.append(trace.flops)
+    assert counts[1] == counts[0] > 0
 
 
 class ShiftedNorm(LlamaRMSNorm):

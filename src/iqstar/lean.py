@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from iqstar.recomputed import follows_from, linear
+from iqstar.recomputed import checkpointed_linear, follows_from, linear
 
 Forward = Callable[[Any, Tensor], Tensor]
 """A layer's forward pass: (the layer, its input) → its output."""
@@ -36,7 +36,7 @@ _DTYPES = (
 """Of weights and inputs that are tried; the last one is a norm's under autocast."""
 
 
-def keep_less(model: nn.Module) -> None:
+def keep_less(model: nn.Module, checkpointed: bool = False) -> None:
     """Replaces the forward pass of layers that compute as ours do, in place.
 
     What a norm or an activation computes is tried out on small tensors, so that an architecture
@@ -44,9 +44,13 @@ def keep_less(model: nn.Module) -> None:
 
     Args:
         model: With its adapters, if it has some.
+        checkpointed: Whether its blocks are computed again as a whole.
     """
     for layer in model.modules():
-        if (forward := _same_as(layer)) is not None:
+        forward = _same_as(layer)
+        if forward is linear and checkpointed:
+            forward = checkpointed_linear
+        if forward is not None:
             layer.forward = MethodType(forward, layer)
 
 

@@ -71,10 +71,10 @@ def make_policy(
         actor.model = with_adapters(actor.model, spec.lora)
         if precision in AUTOCAST:
             leave_casts_to_autocast(actor.model)
-        keep_less(actor.model)
+        keep_less(actor.model, spec.gradient_checkpointing)
         frozen = None
     else:
-        keep_less(actor.model)
+        keep_less(actor.model, spec.gradient_checkpointing)
         frozen = _frozen_copy(actor, precision) if reference else None
         actor.requires_grad_(True)
     if spec.gradient_checkpointing:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iqstar.recomputed import linear
+from iqstar.recomputed import checkpointed_linear, linear
 
 
 @contextmanager
@@ -49,7 +49,8 @@ def packable(layer: nn.Module) -> bool:
     """Whether a layer is a linear one whose products are faster packed."""
     # A subclass may compute something else, as may a layer whose forward others replaced.
     own = vars(layer).get("forward")
-    if type(layer) is not nn.Linear or getattr(own, "__func__", own) not in (None, linear):
+    alike = (None, linear, checkpointed_linear)
+    if type(layer) is not nn.Linear or getattr(own, "__func__", own) not in alike:
         return False
     weight = layer.weight
     return (

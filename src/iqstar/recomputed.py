@@ -108,6 +108,22 @@ def linear(layer: nn.Linear, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, 
     return nn.functional.linear(read, layer.weight, layer.bias)
 
 
+def checkpointed_linear(
+    layer: nn.Linear, x: Float[Tensor, "*rows inputs"]
+) -> Float[Tensor, "*rows outputs"]:
+    """As :func:`linear`, in a layer that is computed again as a whole: with gradient, as ever.
+
+    PyTorch stops computing a checkpointed layer again once it has all that is kept; of its last
+    product it needs the inputs only, where our function would have to be through with it.
+
+    Args:
+        layer: The layer.
+        x: Its input.
+    """
+    read = x if torch.is_grad_enabled() else cast_once(x)
+    return nn.functional.linear(read, layer.weight, layer.bias)
+
+
 def cast_once(x: Tensor) -> Tensor:
     """Under autocast, a tensor's cast without gradient; all who ask share it.
 
