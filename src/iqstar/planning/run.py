@@ -142,8 +142,7 @@ class _Tracer:
     @contextmanager
     def autocast(self, kept: bool = False) -> Iterator[None]:
         """The trainer's autocast; generation keeps the casts of weights, all else does not."""
-        on = self.dtype is not None
-        with torch.autocast("cpu", dtype=self.dtype, enabled=on, cache_enabled=kept):
+        with torch.autocast("cpu", self.dtype, self.dtype is not None, cache_enabled=kept):
             yield
 
     def planned(self, head: LanguageHead) -> LanguageHead:
