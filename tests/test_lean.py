@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 
-from iqstar.adapters import LoRASpec, with_adapters
+from iqstar.adapters import LoRASpec, leave_casts_to_autocast, with_adapters
 from iqstar.lean import keep_less
 from iqstar.planning.tracing import Trace
 
@@ -124,6 +124,19 @@ def test_less_is_kept(options, share):
     )
     assert torch.equal(states, lean_states)
     assert (grad - lean_grad).norm() < 0.02 * grad.norm()
+
+
+def test_adapters_keep_no_casts_of_their_own():
+    """PEFT casts the product of a gated activation to float32, autocast back: kept twice."""
+    theirs, ours = both("llama", rank=2)
+    before = states_and_gradient(theirs, True)
+    kept = kept_bytes(ours)
+    leave_casts_to_autocast(ours)
+    products = 2 * 24 * 12 * SIZES["intermediate_size"] * torch.bfloat16.itemsize
+    assert kept_bytes(ours) == kept - products
+    states, grad = states_and_gradient(ours, True)
+    assert torch.equal(states, before[0])
+    assert (grad - before[1]).norm() < 0.02 * before[1].norm()
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])

@@ -295,6 +295,7 @@ def test_sharding_halves_what_lasts():
     assert two.phases["update"]["gathered weights"] == 160 + 2 * 40
     assert two.phases["rollout"]["gathered weights"] == 160 + 160
     assert two.phases["rollout"]["copies in autocast's dtype"] == 40  # of the head
+    assert "copies in autocast's dtype" not in two.phases["update"]
     assert two.peak > four.peak > make_plan(RUN, replace(sharded, devices=8)).peak
 
 

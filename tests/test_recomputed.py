@@ -115,7 +115,6 @@ def test_another_backward_pass_of_the_same_graph():
 
 def test_a_checkpointed_layer_keeps_its_input_alone():
     (layer,), source = layers(1), torch.randn(5, 4, requires_grad=True)
-
     held = []
 
     def block(x):
@@ -187,8 +186,11 @@ class TestSharedCast:
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradient):
             kept, outputs = kept_by(lambda: [linear(m, x) for m in modules])
         assert all(o.dtype == torch.bfloat16 and o.requires_grad == gradient for o in outputs)
+        cast = cast_of(x)
+        assert cast.dtype == torch.bfloat16
+        assert x.iqstar_cast[1] is cast  # made by the first layer, read by both
         casts = {t.data_ptr() for t in kept if t.shape == x.shape}
-        assert casts == ({cast_of(x).data_ptr()} if gradient else set())
+        assert casts == ({cast.data_ptr()} if gradient else set())
 
     def test_the_weight_is_kept_not_its_cast(self):
         (layer,), x = layers(1), torch.randn(5, 4, requires_grad=True)
@@ -204,9 +206,17 @@ class TestSharedCast:
             linear(modules[1], x).sum().backward()
         assert x.grad is not None
 
-    def test_nothing_is_cast_outside_of_autocast(self):
+    def test_another_tensor_is_cast_anew(self):
+        (layer,) = layers(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            linear(layer, torch.zeros(1, 4))
+            assert torch.equal(cast_once(torch.ones(1, 4)), torch.ones(1, 4, dtype=torch.bfloat16))
+
+    def test_nothing_is_cast_outside_of_autocast_nor_in_float64(self):
         x = torch.randn(3, 4)
         assert cast_once(x) is x
+        with torch.autocast("cpu", torch.bfloat16):
+            assert cast_once(wide := x.double()) is wide
 
     def test_gradients_add_up_in_float32(self):
         modules, x = layers(), torch.randn(3, 4, requires_grad=True)

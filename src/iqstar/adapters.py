@@ -69,10 +69,7 @@ def leave_casts_to_autocast(model: nn.Module) -> None:
 
     Autocast casts that back, to the same bits; both copies would be kept for the backward pass.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    for layer in layers:
+    for layer in _adapted_layers(model):
         layer.cast_input_dtype_enabled = False
 
 
@@ -83,10 +80,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     Unlike PEFT's own context it leaves ``requires_grad`` alone, which would not reach weights
     that are gathered from shards. Within itself it changes nothing.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    tuned = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
-    layers = [layer for layer in tuned if not layer._disable_adapters]
+    layers = [layer for layer in _adapted_layers(model) if not layer._disable_adapters]
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -94,3 +88,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+def _adapted_layers(model: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [m for m in model.modules() if isinstance(m, BaseTunerLayer)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from iqstar.errors import InputError
+from iqstar.precision import product_dtype
 
 NAME = "grouped"
 
@@ -57,10 +58,7 @@ def grouped_attention(
             f"model.policy.attn_implementation: {NAME!r} has no dropout, soft-capping or sinks; "
             "use 'eager' or 'sdpa' for this model"
         )
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
     heads, size = query.shape[1], query.shape[3]
     stacked = query.unflatten(1, (key.shape[1], heads // key.shape[1])).contiguous()
     if attention_mask is not None:

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from iqstar.precision import product_dtype
+
 BUDGET = 64 * 2**20
 """Bytes that logits and what is computed from them may take on a CPU."""
 BUDGET_ON_GPU = 8 * BUDGET
@@ -80,9 +82,7 @@ class LanguageHead:
 
         Under autocast that is autocast's dtype: the numeric path of the model's own head.
         """
-        dtype = self.weight.dtype
-        if torch.is_autocast_enabled(self.weight.device.type):
-            dtype = torch.get_autocast_dtype(self.weight.device.type)
+        dtype = product_dtype(self.weight)
         bias = None if self.bias is None else self.bias.detach()[: self.vocab_size].to(dtype)
         return replace(self, weight=self.weight.detach()[: self.vocab_size].to(dtype), bias=bias)
 

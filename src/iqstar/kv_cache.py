@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import (
@@ -13,6 +12,8 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
+
+from iqstar.precision import product_dtype
 
 
 def holds(config: Any, length: int) -> bool:
@@ -86,7 +87,7 @@ class ReadingLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Adds tokens; returns all keys and values so far."""
-        new = (states.to(_held_dtype(states)) for states in (key_states, value_states))
+        new = (states.to(product_dtype(states)) for states in (key_states, value_states))
         return super().update(*new, *args, **kwargs)
 
 
@@ -101,18 +102,11 @@ def reading_cache(config: Any) -> DynamicCache:
     return cache
 
 
-def _held_dtype(states: Tensor) -> torch.dtype:
-    kind = states.device.type
-    if states.dtype == torch.float32 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return states.dtype
-
-
 def _room(
     states: Float[Tensor, "prompts groups seq size"], rows: int, length: int
 ) -> Float[Tensor, "batch groups length size"]:
     shape = (rows, states.shape[1], length, states.shape[3])
-    return states.new_empty(shape, dtype=_held_dtype(states))
+    return states.new_empty(shape, dtype=product_dtype(states))
 
 
 def _layers(cache: DynamicCache) -> list[Any]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from iqstar.errors import InputError
 
@@ -69,6 +70,18 @@ def bfloat16_is_faster() -> bool:
             best[dtype] = min(best[dtype], time.perf_counter() - start)
     torch.set_num_threads(threads)
     return 1.2 * best[torch.bfloat16] < best[torch.float32]
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """In which dtype a matrix product reads a tensor here: under autocast in that one's.
+
+    Args:
+        tensor: Of floating-point numbers.
+    """
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from iqstar.precision import product_dtype
+
 _CAST = "iqstar_cast"
 """Note on a tensor that was cast: the cast."""
 _ORIGIN = "iqstar_origin"
@@ -132,11 +134,8 @@ def cast_once(x: Tensor) -> Tensor:
     Args:
         x: What a product reads.
     """
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        return x
-    dtype = torch.get_autocast_dtype(device)
-    if x.dtype in (dtype, torch.float64):
+    dtype = product_dtype(x)
+    if x.dtype == dtype:
         return x
     cast: Tensor | None = _noted(x, _CAST)
     if cast is None or cast.dtype != dtype:

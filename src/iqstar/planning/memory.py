@@ -80,11 +80,11 @@ class Plan:
 def make_plan(run: Footprint, layout: Layout) -> Plan:
     """What a run takes of each device of a layout."""
     always = lasting(run, layout)
-    generating = {CASTS: run.casts - gathered_casts(run, layout) + run.head_casts}
-    if not layout.gpu:  # copies lie where the gradients were
-        generating = {CASTS: generating[CASTS], PACKED: run.packed}
-        free = gradient_bytes(run, layout)
-        generating = {name: max(size - free, 0) for name, size in generating.items()}
+    copies = {CASTS: run.casts - gathered_casts(run, layout) + run.head_casts}
+    if not layout.gpu:
+        copies[PACKED] = run.packed
+    free = 0 if layout.gpu else gradient_bytes(run, layout)  # copies lie where the gradients were
+    generating = {name: max(size - free, 0) for name, size in copies.items()}
     computing = gathered(run, layout, whole=False)
     room = layout.memory - sum(always.values()) - sum(root_groups(run, layout).values())
     blocks = run.policy.blocks - gathered_casts(run, layout)
