@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import harness
+from iqstar.allocator import allow_huge_pages
 
 BASE = "transformers generate"
 
@@ -31,6 +32,8 @@ def worker(settings: dict[str, Any]) -> dict[str, Any]:
     Returns:
         Tokens of one rollout, its median seconds, seconds of the weights' transfer, memory.
     """
+    if settings["side"] != BASE:
+        allow_huge_pages()  # as the command does, before torch is imported
     import torch
 
     import memory

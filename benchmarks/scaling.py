@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import harness
+from iqstar.allocator import allow_huge_pages
 
 RESPONSES = 32
 STEPS = 3
@@ -34,6 +35,7 @@ def worker(settings: dict[str, Any]) -> None:
     Args:
         settings: ``processes``, ``strategy``, ``model``, ``precision``.
     """
+    allow_huge_pages()  # as the command does, before torch is imported
     import torch
     from lightning.pytorch import Callback, LightningDataModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy

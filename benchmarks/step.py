@@ -13,6 +13,7 @@ import json
 from typing import Any
 
 import harness
+from iqstar.allocator import allow_huge_pages
 
 SIDES: dict[str, dict[str, Any]] = {
     "iqstar, principle": {"side": "iqstar", "estimator": "principle"},
@@ -41,6 +42,7 @@ RATIOS = {"peak_pss": "whole", "above_floor": "above the floor"}
 def worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Steps of one side, in this process."""
     if settings["side"] == "iqstar":
+        allow_huge_pages()  # as the command does, before torch is imported
         import step_iqstar as module
     else:
         import step_trl as module

@@ -19,6 +19,7 @@ from collections import Counter
 from typing import Any
 
 import harness
+from iqstar.allocator import allow_huge_pages
 
 SIDES = {"principle": {}, "contrastive": {}, "principle, LoRA 8": {"lora": 8}}
 TEXT = "It depends on the weather, on the season and on how far you would like to walk that day. "
@@ -93,6 +94,7 @@ def worker(settings: dict[str, Any]) -> dict[str, Any]:
         settings: ``prompts``, ``tokens``, ``steps``, ``precision``, ``estimator``, ``model``,
             ``threads``, and where it applies ``lora``.
     """
+    allow_huge_pages()  # as the command does, before torch is imported
     import tempfile
     from pathlib import Path
 

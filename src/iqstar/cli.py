@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from iqstar import __version__
+from iqstar.allocator import allow_huge_pages
 from iqstar.errors import InputError, PreemptedError, fail
 
 TRAINING = {
@@ -106,6 +107,7 @@ def _run(arguments: list[str]) -> int:
             f"write it after: iqstar {later} {command} …"
         )
     if command in OTHERS:
+        allow_huge_pages()
         with _uncollected():
             main_of = import_module(f"iqstar.commands.{command.replace('-', '_')}").main
         return int(main_of(rest))
@@ -145,7 +147,8 @@ def _uncollected() -> Iterator[None]:
 
 
 def _prepare_process() -> None:
-    """Sends the package's own messages to the terminal, bare."""
+    """Sends the package's own messages to the terminal, bare; settings that torch reads once."""
+    allow_huge_pages()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -11,7 +11,7 @@ from torch import nn
 from iqstar import attention
 from iqstar.adapters import leave_casts_to_autocast, with_adapters
 from iqstar.admission import KNOWN, can_share, check_head, check_sampling, silence
-from iqstar.allocator import keep_freed_memory
+from iqstar.allocator import tune_malloc
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.fingerprint import fingerprint
@@ -35,7 +35,7 @@ def load_policy(
     Raises:
         InputError: If the model cannot be loaded, or its output head is not understood.
     """
-    keep_freed_memory()
+    tune_malloc()
     return make_policy(load_whole(spec, chat), spec, precision, reference)
 
 
