@@ -20,7 +20,7 @@ _ADVISED = "THP_MEM_ALLOC_ENABLE"
 def allow_huge_pages() -> None:
     """Lets PyTorch ask Linux for huge pages under tensors of 2 MiB and more.
 
-    It reads the setting once, with its first tensor; when it is imported this does nothing any more.
+    It reads the setting once, with its first tensor; once it is imported this does nothing.
     A setting of the user's own is left alone.
     """
     if "torch" not in sys.modules:
