@@ -91,12 +91,12 @@ def kernel(folder: Path, mode: str, size: int = 2**21) -> Path:
 def test_which_kernels_have_huge_pages(tmp_path, monkeypatch, mode, size, advised, huge):
     monkeypatch.setattr(allocator, "_HUGE_PAGES", kernel(tmp_path, mode, size))
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", advised)
-    assert allocator._has_huge_pages() is huge
+    assert allocator.has_huge_pages() is huge
 
 
 def test_other_systems_have_none(tmp_path, monkeypatch):
     monkeypatch.setattr(allocator, "_HUGE_PAGES", tmp_path)
-    assert not allocator._has_huge_pages()
+    assert not allocator.has_huge_pages()
 
 
 def test_torch_is_asked_before_it_is_imported_only(monkeypatch):

@@ -60,7 +60,7 @@ PACKAGES = {
         "chatter",
     },
     "planning": {"errors", "mdp", "data", "pretrained", "attention", "chat", "sampling", "sharding"}
-    | {"decoding", "estimators"}
+    | {"allocator", "decoding", "estimators"}
     | {"logprobs", "head", "distributions", "optim", "policy", "loading", "rollouts", "strategies"}
     | {"evaluation", "curves", "module", "vllm_rollout"},
 }

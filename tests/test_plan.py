@@ -318,8 +318,15 @@ def test_on_cpus_the_heap_keeps_what_other_phases_gave_back():
     plan = make_plan(RUN, replace(ONE, gpu=False))
     assert plan.phases["rollout"]["packed matrices"] == 500 - 400  # the rest where gradients were
     others = (100 + 200 + 200 + 20) + (100 + 100 + 100 + 10) + 30 + 160
-    assert plan.phases["update"]["heap of the other phases"] == others
+    assert plan.phases["update"]["heap"] == others
     assert {parts["gradients"] for parts in plan.phases.values()} == {400}  # there too
+
+
+def test_with_huge_pages_only_caches_leave_something_in_the_heap():
+    phases = make_plan(RUN, replace(ONE, gpu=False, heap_keeps=False)).phases
+    left = {name: parts["heap"] for name, parts in phases.items()}
+    assert left == {name: parts.get("KV cache", 0) for name, parts in phases.items()}
+    assert left["rollout"] > 0 == left["update"]
 
 
 # ---- the command

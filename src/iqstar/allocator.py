@@ -45,12 +45,12 @@ def tune_malloc() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # no glibc
         return False
-    largest = _GIVEN_BACK if _has_huge_pages() else _LARGE
+    largest = _GIVEN_BACK if has_huge_pages() else _LARGE
     kept = mallopt(_MMAP_THRESHOLD, largest) or mallopt(_MMAP_THRESHOLD, _LARGEST_BEFORE_2_35)
     return bool(kept and mallopt(_TRIM_THRESHOLD, _LARGE))
 
 
-def _has_huge_pages() -> bool:
+def has_huge_pages() -> bool:
     """Whether blocks of 4 MiB lie on huge pages: by PyTorch's advice, or because all do."""
     try:
         mode = (_HUGE_PAGES / "enabled").read_text()

@@ -35,6 +35,7 @@ class Layout:
         memory: Of each, in bytes.
         libraries: What Python, PyTorch and the like take of it, in bytes.
         offload_frozen: Whether shards of frozen models are in main memory.
+        heap_keeps: On CPUs, whether the C library keeps large blocks that were freed.
     """
 
     devices: int
@@ -43,6 +44,7 @@ class Layout:
     memory: int
     libraries: int
     offload_frozen: bool = False
+    heap_keeps: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +119,8 @@ def make_plan(run: Footprint, layout: Layout) -> Plan:
         "buffers": step_buffers(run, layout),
     }
     if not layout.gpu:
-        for name, left in heap(phases).items():
-            phases[name]["heap of the other phases"] = left
+        for name, left in heap(phases, layout.heap_keeps).items():
+            phases[name]["heap"] = left
     return Plan(
         phases={name: {**always, **parts} for name, parts in phases.items()},
         whole_blocks=whole,
@@ -127,17 +129,23 @@ def make_plan(run: Footprint, layout: Layout) -> Plan:
     )
 
 
-def heap(phases: dict[str, dict[str, int]]) -> dict[str, int]:
-    """On CPUs, what the C library keeps of the memory that each phase has given back.
+def heap(phases: dict[str, dict[str, int]], keeps: bool) -> dict[str, int]:
+    """On CPUs, what the C library holds of memory that was given back.
 
-    Measured rather than derived: tensors of changing sizes leave holes, so the phases add up, and
-    a cache that grows token by token leaves about its own size behind.
+    Measured rather than derived: a cache that grows token by token leaves about its own size
+    behind; where large blocks are kept, they leave holes, so that the phases add up.
+
+    Args:
+        phases: Bytes by phase and part.
+        keeps: Whether large blocks are kept (:func:`iqstar.allocator.has_huge_pages`).
     """
+    own = {name: parts.get("KV cache", 0) for name, parts in phases.items()}
+    if not keeps:
+        return own
     freed = {
-        name: sum(parts.get(part, 0) for part in FREED) + parts.get("KV cache", 0)
+        name: sum(parts.get(part, 0) for part in FREED) + own[name]
         for name, parts in phases.items()
     }
-    own = {name: parts.get("KV cache", 0) for name, parts in phases.items()}
     return {name: sum(freed.values()) - freed[name] + own[name] for name in phases}
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from iqstar.allocator import has_huge_pages
 from iqstar.data import PromptDataModule
 from iqstar.data.loader import evaluation_batches
 from iqstar.data.turns import heldout_size
@@ -107,6 +108,7 @@ def layout(trainer: Mapping[str, Any], devices: int | None, memory: float | None
         memory=_memory(gpu, local) if memory is None else round(memory * GIB),
         libraries=GPU_LIBRARIES if gpu else resident(),
         offload_frozen=getattr(strategy, "offload_frozen", False),
+        heap_keeps=not has_huge_pages(),
     )
 
 
