@@ -491,6 +491,7 @@ def test_the_peer_is_measured_as_all_others_are(tiny, tmp_path, monkeypatch, cap
     assert curves["trl-sdft"][-1].kl > 0
 
 
+@pytest.mark.slow
 def test_a_peer_that_diverges_is_finished(tiny, tmp_path, monkeypatch, capsys):
     """The comparison goes on without it, as with a run of ours."""
     pytest.importorskip("trl")
