@@ -106,8 +106,8 @@ def _run(arguments: list[str]) -> int:
             f"{command.split('=')[0]} came before the command; "
             f"write it after: iqstar {later} {command} …"
         )
+    allow_huge_pages()
     if command in OTHERS:
-        allow_huge_pages()
         with _uncollected():
             main_of = import_module(f"iqstar.commands.{command.replace('-', '_')}").main
         return int(main_of(rest))
@@ -147,8 +147,7 @@ def _uncollected() -> Iterator[None]:
 
 
 def _prepare_process() -> None:
-    """Sends the package's own messages to the terminal, bare; settings that torch reads once."""
-    allow_huge_pages()
+    """Sends the package's own messages to the terminal, bare."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
