@@ -1,9 +1,9 @@
 """Runs tests on other computing paths: no speed-up may change what they find.
 
-``IQSTAR_PATHS=plain`` turns the optimisations off: nothing that rows share is read once, responses
-come from transformers' ``generate``, weights are cast at every product and never packed, layers are
-transformers' own. ``IQSTAR_PATHS=fast`` turns on what is off by default: the attention of the
-shipped configs.
+``IQSTAR_PATHS=plain`` turns the optimisations off: nothing that rows share is read once, padding is
+read, responses come from transformers' ``generate``, weights are cast at every product and never
+packed, layers are transformers' own. ``IQSTAR_PATHS=fast`` turns on what is off by default: the
+attention of the shipped configs, with which no padding is read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ def choose() -> None:
     paths = os.environ.get("IQSTAR_PATHS")
     if not paths:
         return
-    changed = {"plain": {"share_prefixes": False}, "fast": {"attn_implementation": "grouped"}}
+    changed = {
+        "plain": {"share_prefixes": False, "padding_free": False},
+        "fast": {"attn_implementation": "grouped"},
+    }
     own = policy.PolicySpec.__init__
 
     @wraps(own)

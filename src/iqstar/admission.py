@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from iqstar.errors import InputError
 from iqstar.kv_cache import local_window
 from iqstar.mdp import Prompt, TokenSequences, make_rollout, pack
 from iqstar.policy import CausalLM
-from iqstar.prefixes import hidden_states
+from iqstar.prefixes import KnownContexts, hidden_states
 from iqstar.sampling import CategoricalSampler, uniform_numbers
 
 KNOWN = ("eager", "sdpa", attention.NAME)
@@ -124,32 +124,53 @@ def check_sampling(lm: CausalLM, key: str) -> None:
         )
 
 
-@torch.no_grad()
 def can_share(lm: CausalLM) -> bool:
     """Whether going on from keys and values of a beginning gives the states of a whole pass.
 
     Tried out, because architectures keep more than keys and values (a window, a running state).
     """
+    return _attention_in(lm, KNOWN) and _agree(
+        lm, lambda sequences, known: hidden_states(lm.body, sequences, 1, known)
+    )
+
+
+def can_drop_padding(lm: CausalLM) -> bool:
+    """Whether a line of tokens gives the states of padded rows (:mod:`iqstar.padding_free`)."""
+
+    def line(sequences: TokenSequences, known: KnownContexts | None) -> Found:
+        return hidden_states(lm.body, sequences, 1, known, padding_free=True)
+
+    return _attention_in(lm, (attention.NAME,)) and _agree(lm, line)
+
+
+Found = tuple[Tensor, KnownContexts]
+"""States, and what is now known of these contexts."""
+
+
+def _attention_in(lm: CausalLM, names: tuple[str, ...]) -> bool:
+    """Whether all layers see all tokens, by one of these implementations."""
     config = lm.model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", 1)
-    known = config._attn_implementation in KNOWN
-    if sliding or local_window(config) or kinds != {"full_attention"} or not known:
-        return False
-    ids = torch.arange(1, 8) % lm.chat.vocab_size
-    a, b, c, d, e, f, g = ids.tolist()
+    known = config._attn_implementation in names
+    return known and not (sliding or local_window(config)) and kinds == {"full_attention"}
+
+
+@torch.no_grad()
+def _agree(lm: CausalLM, read: Callable[[TokenSequences, KnownContexts | None], Found]) -> bool:
+    """Whether ``read`` gives the states of whole passes over unequal rows that begin alike."""
+    a, b, c, d, e, f, g = (torch.arange(1, 8) % lm.chat.vocab_size).tolist()
     rollout = make_rollout([Prompt(messages=())] * 4, [[e, f], [g], [f, e, a], [g]], [True] * 4)
     sequences = pack([[a, b, c, d], [a, b, c, d], [a, e, d], [a, f]], rollout, 0)
+    told = pack([[a, b, c, g], [a, b, c, g], [a, e, g], [a, g]], rollout, 0)
     try:
         with _mode(lm, training=False):
-            whole = lm.hidden(sequences)
-            shared, keys = hidden_states(lm.body, sequences, worth=1)
-            told = pack([[a, b, c, g], [a, b, c, g], [a, e, g], [a, g]], rollout, 0)
-            again = hidden_states(lm.body, told, worth=1, known=keys)[0]
-            pairs = (whole, shared), (lm.hidden(told), again)
+            states, known = read(sequences, None)
+            again, _ = read(told, known)
+            pairs = (lm.hidden(sequences), states), (lm.hidden(told), again)
             return all(torch.allclose(x, y, atol=1e-2, rtol=1e-2) for x, y in pairs)
     except UNLIKE:
-        return False  # it has another kind of cache
+        return False  # it has another kind of cache, or takes no line
 
 
 class _RecordingSampler(CategoricalSampler):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from iqstar.errors import InputError
+from iqstar.padding_free import Line
 from iqstar.precision import product_dtype
 
 NAME = "grouped"
@@ -30,6 +31,7 @@ def grouped_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    line: Line | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """softmax(q·kᵀ·scaling + mask)·v, the softmax in float32.
@@ -38,13 +40,15 @@ def grouped_attention(
     the values likewise.
 
     Args:
-        module: The attention layer (unused but for its interface).
+        module: The attention layer; its number tells what of a line's past is its own.
         query: Queries.
         key: Keys, one per group of query heads.
         value: Values, likewise.
         attention_mask: Additive, ``(batch, 1, queries, keys)``; None for none.
         scaling: Factor on the products; 1/√size by default.
         dropout: Must be 0: scoring and sampling have to agree.
+        line: Where queries, keys and values are one line of tokens, how they lie in rows; the
+            output is a line again, and ``batch`` 1.
         kwargs: What else transformers hands over.
 
     Returns:
@@ -59,6 +63,9 @@ def grouped_attention(
             "use 'eager' or 'sdpa' for this model"
         )
     query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
+    if line is not None:
+        query = line.apart(query)
+        key, value = line.keys_and_values(module, key, value)
     heads, size = query.shape[1], query.shape[3]
     stacked = query.unflatten(1, (key.shape[1], heads // key.shape[1])).contiguous()
     if attention_mask is not None:
@@ -66,7 +73,8 @@ def grouped_attention(
     scaling = size**-0.5 if scaling is None else scaling
     attend = _Attention.apply if torch.is_grad_enabled() else _attend
     output: Tensor = attend(stacked, key, value, attention_mask, scaling)
-    return output.flatten(1, 2).transpose(1, 2).contiguous(), None
+    output = output.flatten(1, 2)
+    return output.transpose(1, 2).contiguous() if line is None else line.together(output), None
 
 
 class _Attention(torch.autograd.Function):

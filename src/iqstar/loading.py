@@ -10,7 +10,7 @@ from torch import nn
 
 from iqstar import attention
 from iqstar.adapters import leave_casts_to_autocast, with_adapters
-from iqstar.admission import KNOWN, can_share, check_head, check_sampling, silence
+from iqstar.admission import KNOWN, can_drop_padding, can_share, check_head, check_sampling, silence
 from iqstar.allocator import tune_malloc
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
@@ -148,7 +148,10 @@ def load_whole(spec: PolicySpec, chat: ChatFormat, key: str = "model.policy.mode
     check_sampling(lm, key)
     if later:
         _switch_attention(lm, str(spec.attn_implementation))
-    lm.sharing = spec.share_prefixes and not spec.gradient_checkpointing and can_share(lm)
+    lm.sharing, lm.padding_free = (  # both are tried out on a model that does neither
+        spec.share_prefixes and not spec.gradient_checkpointing and can_share(lm),
+        spec.padding_free and can_drop_padding(lm),
+    )
     lm.fingerprint = fingerprint(model)
     return lm
 

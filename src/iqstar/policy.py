@@ -22,6 +22,7 @@ from iqstar.errors import InputError
 from iqstar.head import LanguageHead
 from iqstar.mdp import TokenSequences
 from iqstar.packed import weights_packed
+from iqstar.padding_free import Line
 from iqstar.precision import casts_kept
 from iqstar.prefixes import WORTH, WORTH_ON_GPU, KnownContexts, hidden_states
 from iqstar.pretrained import load_config, load_tokenizer, resolve_model
@@ -45,6 +46,8 @@ class PolicySpec:
         attn_implementation: transformers' name of it (``sdpa``, ``eager``, ``flash_attention_2``),
             or ``grouped``, ours for short sequences on a CPU; null lets transformers choose.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        padding_free: Read rows of unequal length as one line of tokens, without padding. Needs the
+            attention ``grouped``, in all layers full; elsewhere it has no effect.
         share_prefixes: Read what rows of a batch begin with in common once: a system message, a
             prompt with several responses, a prompt that an estimator tells a principle. Needs
             full attention (``eager``, ``sdpa`` or ``grouped``), and no gradient checkpointing and
@@ -60,6 +63,7 @@ class PolicySpec:
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     attn_implementation: str | None = None
     gradient_checkpointing: bool = False
+    padding_free: bool = True
     share_prefixes: bool = True
     chat_template: str | None = None
     revision: str | None = None
@@ -112,6 +116,7 @@ class CausalLM(nn.Module):
     Attributes:
         fingerprint: Of the weights as they were loaded.
         sharing: Whether a forward pass reads common beginnings once.
+        padding_free: Whether it reads rows of unequal length as one line.
     """
 
     def __init__(self, model: nn.Module, chat: ChatFormat) -> None:
@@ -119,7 +124,7 @@ class CausalLM(nn.Module):
         self.model: Any = model
         self.chat = chat
         self.fingerprint = ""
-        self.sharing = False
+        self.sharing = self.padding_free = False
         self._sharded_on: torch.device | None = None
         self._gathered_bytes = 0
 
@@ -164,7 +169,8 @@ class CausalLM(nn.Module):
     def hidden(self, sequences: TokenSequences, mask: bool = False) -> Float[Tensor, "tokens dim"]:
         """Hidden states that predict the response tokens, flattened row by row.
 
-        What rows begin with in common is read once (:mod:`iqstar.prefixes`).
+        What rows begin with in common is read once (:mod:`iqstar.prefixes`), and padding not at all
+        (:mod:`iqstar.padding_free`), in models that allow it.
 
         Args:
             sequences: Packed inputs. Padded on the right, they need no attention mask in a causal
@@ -173,8 +179,12 @@ class CausalLM(nn.Module):
         """
         if not mask and self.sharing and sequences.contexts:
             return self.hidden_and_keys(sequences)[0]
+        ids, lengths = sequences.input_ids, sequences.lengths
+        if not mask and self.padding_free and sequences.contexts and min(lengths) < ids.shape[1]:
+            line, nothing = Line(lengths, ids.device), sequences.attention_mask[:, :0]
+            return line.states(self.body, ids, nothing)[line.places(sequences.predictors)]
         states = self.body(
-            input_ids=sequences.input_ids,
+            input_ids=ids,
             attention_mask=sequences.attention_mask.long() if mask else None,
             position_ids=sequences.position_ids,
             use_cache=False,
@@ -194,7 +204,7 @@ class CausalLM(nn.Module):
             The states, and what is now known of these contexts.
         """
         worth = WORTH if self.device.type == "cpu" else WORTH_ON_GPU
-        return hidden_states(self.body, sequences, worth, known)
+        return hidden_states(self.body, sequences, worth, known, self.padding_free)
 
     def head(self, temperature: float = 1.0) -> LanguageHead:
         """The output head at a temperature; padded rows of the vocabulary are left out."""

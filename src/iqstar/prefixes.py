@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from iqstar.mdp import TokenSequences, length_mask
+from iqstar.padding_free import Line
 
 WORTH = 128
 """Tokens that must be saved for one more forward pass to pay on a CPU."""
@@ -93,6 +94,7 @@ def hidden_states(
     sequences: TokenSequences,
     worth: int = WORTH,
     known: KnownContexts | None = None,
+    padding_free: bool = False,
 ) -> tuple[Float[Tensor, "tokens dim"], KnownContexts]:
     """Hidden states that predict the response tokens, flattened row by row.
 
@@ -103,22 +105,23 @@ def hidden_states(
         sequences: Packed inputs, padded on the right, with their contexts.
         worth: Tokens that must be saved for one more forward pass.
         known: What the same model, frozen, computed for other contexts of the same rows.
+        padding_free: Whether the model takes rows as a line (:mod:`iqstar.padding_free`).
 
     Returns:
         The states, and what is now known of these contexts.
     """
     contexts = sequences.contexts
-    past, counts = _beginning(model, sequences, worth)
+    past, counts = _beginning(model, sequences, worth, padding_free)
     if known is not None:
         shared = known.shared(contexts)
         if sum(shared) > sum(counts) + worth:
             past, counts = known.keys.first(shared), shared
-    states, keys = _rest(model, sequences, past, counts)
+    states, keys = _rest(model, sequences, past, counts, padding_free)
     return states, KnownContexts(contexts=contexts, keys=keys)
 
 
 def _beginning(
-    model: Any, sequences: TokenSequences, worth: int
+    model: Any, sequences: TokenSequences, worth: int, padding_free: bool
 ) -> tuple[KeyValues | None, list[int]]:
     """Keys and values of what is shared inside the batch, and how many tokens of each row.
 
@@ -136,58 +139,72 @@ def _beginning(
     past = None
     if stem:
         ids = torch.tensor([contexts[0][:stem]], device=device)
-        _, past = _read(model, ids, torch.ones_like(ids, dtype=torch.bool), None)
+        *_, past = _read(model, ids, [stem], None)
     if branches:
         lengths = [len(t) - 1 - stem for t in twigs]
         mask = length_mask(lengths, max(lengths)).to(device)
         ids = torch.zeros_like(mask, dtype=torch.long)
         ids[mask] = torch.tensor([i for t in twigs for i in t[stem:-1]], device=device)
-        _, past = _read(model, ids, mask, past.rows([0] * len(twigs)) if past else None)
+        before = past.rows([0] * len(twigs)) if past else None
+        *_, past = _read(model, ids, lengths, before, padding_free)
         counts = [len(c) - 1 for c in contexts]
         return past.rows([twigs.index(c) for c in contexts]), counts
     return (past.rows([0] * len(contexts)) if past else None), counts
 
 
 def _rest(
-    model: Any, sequences: TokenSequences, past: KeyValues | None, counts: Sequence[int]
+    model: Any,
+    sequences: TokenSequences,
+    past: KeyValues | None,
+    counts: Sequence[int],
+    padding_free: bool,
 ) -> tuple[Float[Tensor, "tokens dim"], KeyValues]:
     """Reads each row from its ``counts[i]``-th token on."""
     ids, seq = sequences.input_ids, sequences.input_ids.shape[1]
-    done = torch.tensor(counts, device=ids.device)[:, None]
-    width = max(n - c for n, c in zip(sequences.lengths, counts, strict=True))
-    columns = done + torch.arange(width, device=ids.device)
-    inside = columns.clamp(max=seq - 1)
-    mask = sequences.attention_mask.gather(1, inside) & (columns < seq)
-    states, keys = _read(model, ids.gather(1, inside), mask, past)
+    done = torch.tensor(counts, device=ids.device)
+    lengths = [n - c for n, c in zip(sequences.lengths, counts, strict=True)]
+    columns = done[:, None] + torch.arange(max(lengths), device=ids.device)
+    rest = ids.gather(1, columns.clamp(max=seq - 1))
+    states, starts, keys = _read(model, rest, lengths, past, padding_free)
     row = sequences.predictors // seq
-    return states.flatten(0, 1)[sequences.predictors - row * (seq - width) - done[row, 0]], keys
+    return states[sequences.predictors - row * seq - done[row] + starts[row]], keys
 
 
 def _read(
     model: Any,
     ids: Int[Tensor, "rows width"],
-    mask: Bool[Tensor, "rows width"],
+    lengths: Sequence[int],
     past: KeyValues | None,
-) -> tuple[Float[Tensor, "rows width dim"], KeyValues]:
+    padding_free: bool = False,
+) -> tuple[Float[Tensor, "tokens dim"], Int[Tensor, " rows"], KeyValues]:
     """One forward pass after ``past``, of rows padded on the right.
 
     Padding after the last real token needs no mask in a causal model, padding between does.
+
+    Returns:
+        The states row by row, where each row starts in them, and keys and values.
     """
     from transformers import DynamicCache
 
+    rows, width = ids.shape
+    mask = length_mask(lengths, width).to(ids.device)
     seen = mask[:, :0] if past is None else past.mask
     whole = torch.cat([seen, mask], dim=1)
-    start = seen.sum(dim=1, keepdim=True)
+    if padding_free and min(lengths) < width:
+        line = Line(lengths, ids.device, () if past is None else past.layers, keep=True)
+        states = line.states(model, ids, seen)
+        return states, line.starts, KeyValues(layers=line.kept, mask=whole, padded=True)
     output = model(
         input_ids=ids,
         attention_mask=whole.long() if past is not None and past.padded else None,
-        position_ids=start + torch.arange(ids.shape[1], device=ids.device),
+        position_ids=seen.sum(dim=1, keepdim=True) + torch.arange(width, device=ids.device),
         past_key_values=DynamicCache() if past is None else DynamicCache(past.layers),
         use_cache=True,
     )
     layers = tuple((layer.keys, layer.values) for layer in output.past_key_values.layers)
-    keys = KeyValues(layers=layers, mask=whole, padded=len(ids) > 1)
-    return output.last_hidden_state, keys
+    keys = KeyValues(layers=layers, mask=whole, padded=rows > 1)
+    starts = torch.arange(rows, device=ids.device) * width
+    return output.last_hidden_state.flatten(0, 1), starts, keys
 
 
 def common_prefix(contexts: Sequence[TokenIds]) -> int:

@@ -66,7 +66,7 @@ OPTIONS = (
     "ckpt_path", "policy", "told", "judges", "limit", "output", "overwrite",
     "tie_margin", "safe_threshold", "safety_judge",
 )  # fmt: skip
-COMPUTING = ("attn_implementation", "gradient_checkpointing", "share_prefixes")
+COMPUTING = ("attn_implementation", "gradient_checkpointing", "share_prefixes", "padding_free")
 """Settings of a policy that do not say what it is."""
 
 
