@@ -26,6 +26,7 @@ SIDES: dict[str, dict[str, Any]] = {
 }
 """*by 4*: in micro-batches of 4 rows, whose gradients add up; the others take all rows at once."""
 FURTHER: dict[str, dict[str, Any]] = {
+    "iqstar, principle, padded": {"side": "iqstar", "estimator": "principle", "padded": True},
     "TRL SDFT, topk_logits": {"side": "trl", "mode": "topk_logits"},
     "TRL SDFT, full_logits, LoRA 8": {"side": "trl", "mode": "full_logits", "lora": 8},
 }

@@ -21,7 +21,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     Args:
         settings: ``texts`` (user turns), ``prompts`` (of a step), ``tokens`` (of a response),
             ``steps``, ``warmup``, ``precision``, ``model``, ``estimator``, and where they apply
-            ``lora`` (rank), ``micro_batch`` (rows), ``vllm`` (URL of a server).
+            ``lora`` (rank), ``micro_batch`` (rows), ``padded`` (whether padding is read), ``vllm``
+            (URL of a server).
 
     Returns:
         Tokens of a step, seconds of every step after the first ones, memory in MiB.
@@ -81,6 +82,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         PolicySpec(
             model=settings["model"],
             attn_implementation="grouped",
+            padding_free=not settings.get("padded", False),
             lora=LoRASpec(rank=lora, alpha=2 * lora) if lora else None,
         ),
         estimators[settings["estimator"]](),
