@@ -8,7 +8,7 @@ from iqstar.admission import can_drop_padding
 from iqstar.chat import ChatFormat
 from iqstar.loading import load_policy
 from iqstar.mdp import Prompt, make_rollout, pack
-from iqstar.padding_free import LEAST, Line
+from iqstar.padding_free import LEAST, Group, Line, Rows, grouped
 from iqstar.policy import CausalLM, PolicySpec
 from iqstar.prefixes import hidden_states
 from test_prefixes import BOTH, NOTHING, SAME_START, TWO_PROMPTS, Counting, packed, whole
@@ -17,7 +17,7 @@ from tiny import tiny_folder, tiny_model, tiny_tokenizer
 CPU = torch.device("cpu")
 
 
-def grouped(**settings):
+def grouped_model(**settings):
     attention.register()
     return tiny_model(torch.float64, attn_implementation="grouped", **settings)
 
@@ -29,39 +29,52 @@ def gradients(model, states):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_a_line_and_its_rows():
+def test_tokens_in_rows():
     """Two rows, of two tokens and of one, with one head of size 1."""
-    line = Line([2, 1], CPU)
-    rows = line.apart(torch.tensor([[[[5.0], [6.0], [7.0]]]]))
-    assert rows.tolist() == [[[[5.0], [6.0]]], [[[7.0], [0.0]]]]
-    assert line.together(rows).flatten().tolist() == [5.0, 6.0, 7.0]
-    assert line.starts.tolist() == [0, 2]
-    assert line.places(torch.tensor([0, 1, 2])).tolist() == [0, 1, 2]  # 2 begins the second row
-    longer = Line([1, 3], CPU)
-    assert longer.places(torch.tensor([0, 3, 5])).tolist() == [0, 1, 3]
+    rows = Rows.of([2, 1], CPU)
+    padded = rows.apart(torch.tensor([[[5.0]], [[6.0]], [[7.0]]]))
+    assert padded.tolist() == [[[[5.0], [6.0]]], [[[7.0], [0.0]]]]
+    assert rows.together(padded).flatten().tolist() == [5.0, 6.0, 7.0]
+
+
+def test_gradient_of_rows():
+    rows = Rows.of([2, 0, 3], CPU)
+    tokens = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
+    padded = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(rows.apart, tokens)
+    assert torch.autograd.gradcheck(rows.together, padded)
 
 
 def test_a_token_sees_real_ones_before_it():
-    """One token of the past is padding in the second row; rows have two tokens and one."""
-    line = Line([2, 1], CPU)
-    hidden = line._mask(torch.tensor([[True, True], [True, False]])) == LEAST
+    """The rows have two tokens and one, after two known ones and one."""
+    hidden = Group([0, 1], [2, 1], [2, 1], CPU).mask == LEAST
     assert hidden[0, 0].int().tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
     assert hidden[1, 0].int().tolist() == [[0, 1, 0, 1], [0, 1, 0, 0]]
+    assert len(Group([0, 1], [2, 1], [2, 2], CPU).mask) == 1
 
 
-def test_gradient_of_rows_and_line():
-    line = Line([2, 0, 3], CPU)
-    states = torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
-    rows = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(line.apart, states)
-    assert torch.autograd.gradcheck(line.together, rows)
+def test_rows_of_similar_length_are_attended_to_together():
+    assert grouped([2, 10, 8, 0, 9], [0] * 5) == [[1, 4, 2, 0]]
+    # 2·300·300 scores, 290·290 + 300·300 of them real; with 10·10 more there are 3·300·300.
+    assert grouped([10, 290, 300], [0] * 3) == [[2, 1], [0]]
+    assert grouped([200, 200], [0, 800]) == [[1], [0]]  # what was read before counts
+    assert grouped([1024] * 2, [0] * 2) == [[0], [1]]  # many scores
+    assert grouped([512] * 3, [0] * 3) == [[0, 1], [2]]
+
+
+def test_places_in_a_line():
+    line = Line([1, 10, 9], CPU, [2, 0, 0])
+    assert line.rows.row.tolist() == [1] * 10 + [2] * 9 + [0]
+    assert line.rows.column.tolist() == [*range(10), *range(9), 0]
+    assert line.positions.tolist() == [*range(10), *range(9), 2]
+    assert line.starts.tolist() == [19, 0, 10]
 
 
 @pytest.mark.parametrize("contexts", [SAME_START, TWO_PROMPTS, BOTH, NOTHING])
 @pytest.mark.parametrize("worth", [1, 1000])
 def test_states_and_gradients_are_those_of_padded_rows(contexts, worth):
     """With beginnings that are read once, and without."""
-    model = grouped().model
+    model = grouped_model().model
     sequences = packed(contexts)
     ours = hidden_states(model, sequences, worth, padding_free=True)[0]
     theirs = whole(model, sequences)
@@ -73,7 +86,7 @@ def test_states_and_gradients_are_those_of_padded_rows(contexts, worth):
 @pytest.mark.parametrize("contexts", [SAME_START, BOTH, NOTHING])
 def test_another_context_goes_on_from_a_line(contexts):
     """The told rows differ in length, and what they go on from does too."""
-    model = grouped().model
+    model = grouped_model().model
     told = [[*c[:-1], *range(20, 21 + i), c[-1]] for i, c in enumerate(contexts)]
     with torch.no_grad():
         _, known = hidden_states(model, packed(contexts), 1, padding_free=True)
@@ -82,7 +95,7 @@ def test_another_context_goes_on_from_a_line(contexts):
 
 
 def test_no_padding_is_read():
-    model = Counting(grouped().model)
+    model = Counting(grouped_model().model)
     contexts = [[1], [1, 2, 3, 4, 5]]
     rollout = make_rollout([Prompt(messages=())] * 2, [[6, 7], [8]], [True] * 2)
     sequences = pack(contexts, rollout, pad_id=0)
@@ -92,7 +105,7 @@ def test_no_padding_is_read():
 
 
 def test_what_lies_in_padding_never_matters():
-    model, contexts = grouped().model, NOTHING
+    model, contexts = grouped_model().model, NOTHING
     rollout = make_rollout([Prompt(messages=())] * 4, [[5, 6, 7], [8], [9, 10], [11]], [True] * 4)
     found = [
         hidden_states(model, pack(contexts, rollout, pad_id=pad), 100, padding_free=True)[0]
@@ -134,9 +147,9 @@ def test_a_loaded_policy(tmp_path, settings):
 def test_other_models_keep_their_padding():
     attention.register()
     chat = ChatFormat(tiny_tokenizer())
-    assert can_drop_padding(CausalLM(grouped(), chat))
+    assert can_drop_padding(CausalLM(grouped_model(), chat))
     assert not can_drop_padding(CausalLM(tiny_model(attn_implementation="sdpa"), chat))
-    windowed = grouped()
+    windowed = grouped_model()
     windowed.config.sliding_window = 4
     assert not can_drop_padding(CausalLM(windowed, chat))
 
@@ -153,6 +166,6 @@ def test_a_model_that_hands_attention_nothing_keeps_its_padding():
             kept = {k: v for k, v in more.items() if k != "line"}
             return self.body(input_ids, attention_mask, position_ids, **kept)
 
-    model = grouped()
+    model = grouped_model()
     model.model = Closed(model.model)
     assert not can_drop_padding(CausalLM(model, ChatFormat(tiny_tokenizer())))

@@ -9,6 +9,7 @@ a mask (soft-capping, sinks) are refused.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,18 +64,27 @@ def grouped_attention(
             "use 'eager' or 'sdpa' for this model"
         )
     query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
+    attend = partial(_in_rows, scaling=query.shape[3] ** -0.5 if scaling is None else scaling)
     if line is not None:
-        query = line.apart(query)
-        key, value = line.keys_and_values(module, key, value)
-    heads, size = query.shape[1], query.shape[3]
-    stacked = query.unflatten(1, (key.shape[1], heads // key.shape[1])).contiguous()
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, :, None, :, : key.shape[2]]
-    scaling = size**-0.5 if scaling is None else scaling
+        return line.attend(module, attend, query, key, value), None
+    return attend(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+
+
+def _in_rows(
+    query: Float[Tensor, "batch heads queries size"],
+    key: Float[Tensor, "batch groups keys size"],
+    value: Float[Tensor, "batch groups keys size"],
+    mask: Tensor | None,
+    scaling: float,
+) -> Float[Tensor, "batch heads queries size"]:
+    """Attention, the query heads of a group stacked."""
+    groups = key.shape[1]
+    stacked = query.unflatten(1, (groups, query.shape[1] // groups)).contiguous()
+    if mask is not None:
+        mask = mask[:, :, None, :, : key.shape[2]]
     attend = _Attention.apply if torch.is_grad_enabled() else _attend
-    output: Tensor = attend(stacked, key, value, attention_mask, scaling)
-    output = output.flatten(1, 2)
-    return output.transpose(1, 2).contiguous() if line is None else line.together(output), None
+    output: Tensor = attend(stacked, key, value, mask, scaling)
+    return output.flatten(1, 2)
 
 
 class _Attention(torch.autograd.Function):

@@ -1,157 +1,260 @@
-"""Rows of unequal length as one line of tokens, so that no product is taken of padding.
+"""Rows of unequal length as one line of tokens, so that nothing is computed for padding.
 
 All layers but attention treat each token by itself. They are given the real tokens of all rows one
-after another, as a batch of one row; attention puts queries, keys and values back into rows, and
-its output into the line again (docs/decisions/023-padding-free.md).
+after another, as a batch of one row. Attention takes rows of similar length together, in groups,
+and puts its output into the line again (docs/decisions/023-padding-free.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+WASTED = 2**14
+"""Scores of padding in a group, at most: they cost about what one more group does."""
+SCORES = 2**19
+"""Queries times keys of one head, at most, in a group of several rows: few megabytes."""
 LEAST = torch.finfo(torch.bfloat16).min
 """Added to the score of a key that a query may not see."""
 
+KeysAndValues = tuple[Tensor, Tensor]
+"""Of a layer, each ``(rows, groups, tokens, size)``."""
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(queries, keys, values, mask) of rows → the output, ``(rows, heads, queries, size)``."""
 
-class Line:
-    """Where the tokens of a line lie in its rows.
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """Where tokens lie in rows that are padded on the right.
 
     Args:
-        lengths: Number of tokens of each row, 1 at least.
+        count: Number of rows.
+        width: Tokens of the longest one.
+        row: Of each token, its row.
+        column: Of each token, its place there.
+    """
+
+    count: int
+    width: int
+    row: Int[Tensor, " tokens"]
+    column: Int[Tensor, " tokens"]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Rows:
+        """Those of so many tokens each, row by row."""
+        places = [(row, column) for row, n in enumerate(lengths) for column in range(n)]
+        row, column = torch.tensor(places, device=device).unbind(1)
+        return cls(count=len(lengths), width=max(lengths), row=row, column=column)
+
+    def apart(
+        self, states: Float[Tensor, "tokens heads size"]
+    ) -> Float[Tensor, "count heads width size"]:
+        """What belongs to the tokens, in rows, with zeros at padding."""
+        rows: Tensor = _Apart.apply(states, self)
+        return rows
+
+    def together(
+        self, states: Float[Tensor, "count heads width size"]
+    ) -> Float[Tensor, "tokens heads size"]:
+        """What belongs to the tokens, out of rows."""
+        tokens: Tensor = _Together.apply(states, self)
+        return tokens
+
+
+class Group:
+    """Rows that attention takes together.
+
+    Args:
+        numbers: Which of all rows.
+        lengths: Number of tokens of each.
+        done: Number of tokens before these of each.
         device: Where the model computes.
-        past: Keys and values before these tokens at every layer, ``(rows, groups, past, size)``.
+
+    Attributes:
+        rows: Where the tokens lie in the group's rows.
+        past: Tokens before these, padded.
+        mask: What is added to the scores, so that tokens see real ones before them only;
+            ``(rows or 1, 1, width, past + width)``.
+    """
+
+    def __init__(
+        self,
+        numbers: Sequence[int],
+        lengths: Sequence[int],
+        done: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self.numbers = torch.tensor(numbers, device=device)
+        self.rows = Rows.of(lengths, device)
+        self.past = max(done)
+        width, keys = self.rows.width, self.past + self.rows.width
+        known = torch.tensor(done if len(set(done)) > 1 else done[:1], device=device)
+        mask = torch.full((width, keys), LEAST, device=device).triu(self.past + 1)
+        self.mask: Tensor = mask.repeat(len(known), 1, 1, 1)
+        missing = torch.arange(self.past, device=device) >= known[:, None]
+        self.mask[..., : self.past].masked_fill_(missing[:, None, None], LEAST)
+
+
+class Line:
+    """The tokens of several rows, group by group.
+
+    Args:
+        lengths: Number of tokens of each row.
+        device: Where the model computes.
+        done: Number of tokens before these of each row; null for none.
+        past: Their keys and values at every layer, padded on the right.
         keep: Whether to keep all keys and values.
 
     Attributes:
-        starts: Place of each row's first token in the line.
-        kept: Keys and values of the past and the line at each layer, zero at padding.
+        starts: Place in the line of each row's first token.
+        kept: Keys and values of the past and the line at each layer so far, in rows.
     """
 
     def __init__(
         self,
         lengths: Sequence[int],
         device: torch.device,
-        past: Sequence[tuple[Tensor, Tensor]] = (),
+        done: Sequence[int] | None = None,
+        past: Sequence[KeysAndValues] = (),
         keep: bool = False,
     ) -> None:
-        places = [(row, column) for row, n in enumerate(lengths) for column in range(n)]
-        self.rows, self.width = len(lengths), max(lengths)
-        self.row, self.column = torch.tensor(places, device=device).unbind(1)
-        self.starts = torch.tensor([0, *accumulate(lengths)][:-1], device=device)
-        self.past = past
-        self.kept: tuple[tuple[Tensor, Tensor], ...] = ()
-        self._keep = keep
+        done = done or [0] * len(lengths)
+        chosen = grouped(lengths, done)
+        self.groups = [
+            Group(rows, [lengths[r] for r in rows], [done[r] for r in rows], device)
+            for rows in chosen
+        ]
+        order = [row for rows in chosen for row in rows]
+        starts = dict(zip(order, accumulate((lengths[r] for r in order), initial=0), strict=False))
+        self.starts = torch.tensor([starts.get(r, 0) for r in range(len(lengths))], device=device)
+        self.rows = Rows(
+            count=len(lengths),
+            width=max(lengths),
+            row=torch.cat([group.numbers[group.rows.row] for group in self.groups]),
+            column=torch.cat([group.rows.column for group in self.groups]),
+        )
+        self.positions = torch.tensor(done, device=device)[self.rows.row] + self.rows.column
+        self.kept: tuple[KeysAndValues, ...] = ()
+        self._past, self._keep = past, keep
 
-    def states(
-        self,
-        model: Any,
-        ids: Int[Tensor, "rows width"],
-        seen: Bool[Tensor, "rows past"],
-    ) -> Float[Tensor, "tokens dim"]:
+    def states(self, model: Any, ids: Int[Tensor, "rows width"]) -> Float[Tensor, "tokens dim"]:
         """Hidden states of the line's tokens.
 
         Args:
             model: The transformer below the head, with the attention ``grouped``.
-            ids: Token ids, padded on the right.
-            seen: Which of the past are real tokens.
+            ids: Token ids in rows.
         """
-        first = seen.sum(dim=1)[self.row]
         output = model(
-            input_ids=ids[self.row, self.column][None],
-            attention_mask=self._mask(seen),
-            position_ids=(first + self.column)[None],
+            input_ids=ids[self.rows.row, self.rows.column][None],
+            attention_mask=ids.new_ones(1, 1, 1, 1),  # so that transformers makes none
+            position_ids=self.positions[None],
             use_cache=False,
             line=self,
         )
         states: Tensor = output.last_hidden_state[0]
         return states
 
-    def places(self, places: Int[Tensor, " some"]) -> Int[Tensor, " some"]:
-        """Where in the line tokens lie, given their places in the rows laid end to end."""
-        return self.starts[places // self.width] + places % self.width
-
-    def apart(
-        self, states: Float[Tensor, "1 heads tokens size"]
-    ) -> Float[Tensor, "rows heads width size"]:
-        """Queries, keys or values in rows, zero at padding."""
-        rows: Tensor = _Apart.apply(states[0].transpose(0, 1), self)
-        return rows
-
-    def keys_and_values(
+    def attend(
         self,
         layer: Any,
-        keys: Float[Tensor, "1 groups tokens size"],
-        values: Float[Tensor, "1 groups tokens size"],
-    ) -> tuple[Float[Tensor, "rows groups seen size"], Float[Tensor, "rows groups seen size"]]:
-        """All that the queries of an attention layer may see: the past, then the line."""
-        new = self.apart(keys), self.apart(values)
-        if self.past:
-            old = self.past[layer.layer_idx]
-            new = torch.cat([old[0], new[0]], dim=2), torch.cat([old[1], new[1]], dim=2)
-        if self._keep:
-            self.kept += (new,)
-        return new
-
-    def together(
-        self, output: Float[Tensor, "rows heads width size"]
+        attend: Attend,
+        query: Float[Tensor, "1 heads tokens size"],
+        key: Float[Tensor, "1 groups tokens size"],
+        value: Float[Tensor, "1 groups tokens size"],
     ) -> Float[Tensor, "1 tokens heads size"]:
-        """An attention layer's output in the line."""
-        tokens: Tensor = _Together.apply(output, self)
-        return tokens.unsqueeze(0)
+        """An attention layer's output.
 
-    def _mask(self, seen: Bool[Tensor, "rows past"]) -> Float[Tensor, "rows 1 width keys"]:
-        """What is added to the scores, so that tokens see real ones before them only."""
-        rows, past = seen.shape
-        mask = torch.zeros(rows, 1, self.width, past + self.width, device=seen.device)
-        mask[..., :past].masked_fill_(~seen[:, None, None], LEAST)
-        mask[..., past:] = torch.full_like(mask[0, 0, :, past:], LEAST).triu(1)
-        return mask
+        Args:
+            layer: The layer; its number tells what of the past is its own.
+            attend: Computes it for rows.
+            query: Queries of the line.
+            key: Its keys.
+            value: Its values.
+        """
+        past = self._past[layer.layer_idx] if self._past else None
+        states = [x[0].transpose(0, 1) for x in (query, key, value)]
+        if self._keep:
+            keys, values = (self.rows.apart(x) for x in states[1:])
+            self.kept += (_joined(past, (keys, values)),)
+        sizes = [len(group.rows.row) for group in self.groups]
+        outputs = []
+        for group, *parts in zip(self.groups, *(x.split(sizes) for x in states), strict=True):
+            queries, keys, values = (group.rows.apart(part) for part in parts)
+            before = None
+            if past is not None and group.past:
+                before = tuple(x[group.numbers, :, : group.past] for x in past)
+            keys, values = _joined(before, (keys, values))
+            outputs.append(group.rows.together(attend(queries, keys, values, group.mask)))
+        return torch.cat(outputs)[None]
+
+
+def grouped(lengths: Sequence[int], done: Sequence[int]) -> list[list[int]]:
+    """Rows in groups of similar length, whose scores are few, and little padding among them.
+
+    Args:
+        lengths: Number of tokens of each row.
+        done: Number of tokens before these of each row.
+    """
+    found: list[list[int]] = []
+    some = (row for row, length in enumerate(lengths) if length > 0)
+    for row in sorted(some, key=lambda r: (lengths[r], done[r]), reverse=True):
+        both = [*found[-1], row] if found else []
+        width = max((lengths[r] for r in both), default=0)
+        whole = len(both) * width * (width + max((done[r] for r in both), default=0))
+        real = sum(lengths[r] * (lengths[r] + done[r]) for r in both)
+        if both and whole <= SCORES and whole - real <= WASTED:
+            found[-1] = both
+        else:
+            found.append([row])
+    return found
+
+
+def _joined(past: Any, new: KeysAndValues) -> KeysAndValues:
+    if past is None:
+        return new
+    return torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)
 
 
 class _Apart(torch.autograd.Function):
-    """From a line into rows."""
+    """See :meth:`Rows.apart`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, states: Float[Tensor, "tokens heads size"], line: Line
-    ) -> Float[Tensor, "rows heads width size"]:
-        ctx.line = line
-        return _apart(states, line)
+    def forward(ctx: Any, states: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return _apart(states, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _together(grad, ctx.line), None
+        return _together(grad, ctx.rows), None
 
 
 class _Together(torch.autograd.Function):
-    """From rows into a line."""
+    """See :meth:`Rows.together`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, states: Float[Tensor, "rows heads width size"], line: Line
-    ) -> Float[Tensor, "tokens heads size"]:
-        ctx.line = line
-        return _together(states, line)
+    def forward(ctx: Any, states: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return _together(states, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _apart(grad, ctx.line), None
+        return _apart(grad, ctx.rows), None
 
 
-def _apart(states: Tensor, line: Line) -> Tensor:
-    rows = states.new_zeros(line.rows, states.shape[1], line.width, states.shape[2])
-    rows[line.row, :, line.column] = states
-    return rows
+def _apart(states: Tensor, rows: Rows) -> Tensor:
+    found = states.new_zeros(rows.count, states.shape[1], rows.width, states.shape[2])
+    found[rows.row, :, rows.column] = states
+    return found
 
 
-def _together(states: Tensor, line: Line) -> Tensor:
-    return states[line.row, :, line.column]
+def _together(states: Tensor, rows: Rows) -> Tensor:
+    return states[rows.row, :, rows.column]

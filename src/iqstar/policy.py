@@ -181,8 +181,9 @@ class CausalLM(nn.Module):
             return self.hidden_and_keys(sequences)[0]
         ids, lengths = sequences.input_ids, sequences.lengths
         if not mask and self.padding_free and sequences.contexts and min(lengths) < ids.shape[1]:
-            line, nothing = Line(lengths, ids.device), sequences.attention_mask[:, :0]
-            return line.states(self.body, ids, nothing)[line.places(sequences.predictors)]
+            line, row = Line(lengths, ids.device), sequences.predictors // ids.shape[1]
+            place = line.starts[row] + sequences.predictors % ids.shape[1]
+            return line.states(self.body, ids)[place]
         states = self.body(
             input_ids=ids,
             attention_mask=sequences.attention_mask.long() if mask else None,

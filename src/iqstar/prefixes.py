@@ -108,7 +108,7 @@ def hidden_states(
         padding_free: Whether the model takes rows as a line (:mod:`iqstar.padding_free`).
 
     Returns:
-        The states, and what is now known of these contexts.
+        The states, and what is now known of these contexts; with gradient it may be nothing.
     """
     contexts = sequences.contexts
     past, counts = _beginning(model, sequences, worth, padding_free)
@@ -139,14 +139,14 @@ def _beginning(
     past = None
     if stem:
         ids = torch.tensor([contexts[0][:stem]], device=device)
-        *_, past = _read(model, ids, [stem], None)
+        *_, past = _read(model, ids, [stem], None, [0])
     if branches:
         lengths = [len(t) - 1 - stem for t in twigs]
         mask = length_mask(lengths, max(lengths)).to(device)
         ids = torch.zeros_like(mask, dtype=torch.long)
         ids[mask] = torch.tensor([i for t in twigs for i in t[stem:-1]], device=device)
         before = past.rows([0] * len(twigs)) if past else None
-        *_, past = _read(model, ids, lengths, before, padding_free)
+        *_, past = _read(model, ids, lengths, before, [stem] * len(twigs), padding_free, True)
         counts = [len(c) - 1 for c in contexts]
         return past.rows([twigs.index(c) for c in contexts]), counts
     return (past.rows([0] * len(contexts)) if past else None), counts
@@ -165,7 +165,7 @@ def _rest(
     lengths = [n - c for n, c in zip(sequences.lengths, counts, strict=True)]
     columns = done[:, None] + torch.arange(max(lengths), device=ids.device)
     rest = ids.gather(1, columns.clamp(max=seq - 1))
-    states, starts, keys = _read(model, rest, lengths, past, padding_free)
+    states, starts, keys = _read(model, rest, lengths, past, counts, padding_free)
     row = sequences.predictors // seq
     return states[sequences.predictors - row * seq - done[row] + starts[row]], keys
 
@@ -175,9 +175,11 @@ def _read(
     ids: Int[Tensor, "rows width"],
     lengths: Sequence[int],
     past: KeyValues | None,
+    counts: Sequence[int],
     padding_free: bool = False,
+    keep: bool = False,
 ) -> tuple[Float[Tensor, "tokens dim"], Int[Tensor, " rows"], KeyValues]:
-    """One forward pass after ``past``, of rows padded on the right.
+    """One forward pass after ``past``, which has ``counts``, of rows padded on the right.
 
     Padding after the last real token needs no mask in a causal model, padding between does.
 
@@ -190,9 +192,11 @@ def _read(
     mask = length_mask(lengths, width).to(ids.device)
     seen = mask[:, :0] if past is None else past.mask
     whole = torch.cat([seen, mask], dim=1)
-    if padding_free and min(lengths) < width:
-        line = Line(lengths, ids.device, () if past is None else past.layers, keep=True)
-        states = line.states(model, ids, seen)
+    if padding_free and len(set(zip(lengths, counts, strict=True))) > 1:
+        layers = () if past is None else past.layers
+        keep = keep or not torch.is_grad_enabled()  # others go on from frozen models only
+        line = Line(lengths, ids.device, counts, layers, keep)
+        states = line.states(model, ids)
         return states, line.starts, KeyValues(layers=line.kept, mask=whole, padded=True)
     output = model(
         input_ids=ids,
