@@ -101,6 +101,23 @@ def test_the_principle_estimator_is_the_reference_told_the_principle(scored, pla
     assert (expected - naive(module, rollout)).abs().max() > 0.1
 
 
+def test_keys_and_values_are_kept_of_few_micro_batches(scored, monkeypatch):
+    """Two of four here; the others are read anew, and nothing changes but rounding."""
+    module, rollout, _ = scored
+    rows = [rollout.rows(i, i + 1) for i in range(4)]
+    found = []
+    for most, kept in ((2**30, [True] * 4), (0, [True, True, False, False])):
+        monkeypatch.setattr("iqstar.scoring.KEPT", 2)
+        monkeypatch.setattr("iqstar.scoring.KEPT_BYTES", most)
+        monkeypatch.setattr("iqstar.policy.WORTH", 1)
+        scorer = RolloutScorer(module.policy, rows)
+        scorer.reference()
+        assert [known is not None for known in scorer._known] == kept
+        told = scorer.conditioned(KIND, "after_user")
+        found.append(told.logprobs(torch.arange(len(told))))
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.5, 2.0])
 def test_the_contrastive_estimator_is_its_formula_with_the_normaliser(scored, strength):
     module, rollout, scorer = scored

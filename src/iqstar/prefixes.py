@@ -42,6 +42,11 @@ class KeyValues:
     mask: Bool[Tensor, "rows width"]
     padded: bool
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
     def rows(self, index: Sequence[int]) -> KeyValues:
         """Those of other rows, in the order of ``index``; of a single row, without a copy."""
         if len(self.mask) == 1:

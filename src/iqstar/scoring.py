@@ -16,6 +16,12 @@ from iqstar.mdp import Rollout, TokenSequences, pack
 from iqstar.policy import CausalLM, Policy
 from iqstar.prefixes import KnownContexts
 
+KEPT, KEPT_BYTES = 4, 2**30
+"""Keys and values are kept for other contexts of as many micro-batches, or more up to that size.
+
+Those of 4 are fewer bytes than what autograd will keep of one, when they are gone.
+"""
+
 
 class RolloutScorer:
     """Frozen scoring of one rollout, in the micro-batches in which the policy will be trained.
@@ -39,7 +45,7 @@ class RolloutScorer:
             pack_prompts(policy.actor, rollout) for rollout in self.micro_batches
         )
         self._heads: dict[int, LanguageHead] = {}
-        self._known: list[KnownContexts] = []
+        self._known: list[KnownContexts | None] = []
 
     @property
     def tokens(self) -> int:
@@ -98,18 +104,19 @@ class RolloutScorer:
         self,
         model: CausalLM,
         sequences: Sequence[TokenSequences],
-        known: list[KnownContexts] | None = None,
+        known: list[KnownContexts | None] | None = None,
     ) -> HeadDistributions:
         """Distributions of a model; fills ``known`` if it is empty, and starts from it if not."""
         states: list[Tensor] = []
-        found: list[KnownContexts] = []
+        found: list[KnownContexts | None] = []
         for number, packed in enumerate(sequences):
             if known is None or not (model.sharing and packed.contexts):
                 states.append(model.hidden(packed))
                 continue
             hidden, keys = model.hidden_and_keys(packed, known[number] if known else None)
             states.append(hidden)
-            found.append(keys)
+            held = sum(k.keys.nbytes for k in found if k is not None)
+            found.append(keys if len(found) < KEPT or held < KEPT_BYTES else None)
         if known is not None and not known:
             known += found
         if id(model) not in self._heads:
