@@ -1,13 +1,18 @@
-"""Which training steps share an optimiser step: the window over which N is counted (method §4)."""
+"""Which training steps share an optimiser step: the window over which N is counted (method §4).
+
+Inside of a window rows may change places: their gradients are added up.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning import Trainer
 
 from iqstar.errors import InputError
-from iqstar.mdp import PromptBatch
+from iqstar.mdp import PromptBatch, Rollout
+from iqstar.ranks import even_spans
 
 
 def accumulation_window(batch: PromptBatch, done: int, accumulate: int, left: int | float) -> range:
@@ -44,6 +49,28 @@ def check_whole_windows(trainer: Trainer) -> None:
     few = isinstance(limit, int) or limit < 1 or 0 < trainer.max_steps * accumulate <= steps[0]
     if len(steps) > 1 and steps[0] % accumulate and not few:
         raise _uneven(accumulate, data.batch_size, steps[0])
+
+
+def by_length(rollout: Rollout, lengths: Sequence[int], size: int, accumulate: int) -> Rollout:
+    """The rows of each window sorted, so that its micro-batches need little padding.
+
+    Args:
+        rollout: The rows.
+        lengths: Tokens of each, the prompt's included.
+        size: Of a micro-batch, at most.
+        accumulate: Micro-batches of a window.
+
+    Returns:
+        The same rows; in their old order where windows would differ from epoch to epoch.
+    """
+    spans = even_spans(len(rollout), size, rollout.response_ids.device)
+    if accumulate == 1 or len(spans) % accumulate:
+        return rollout
+    order: list[int] = []
+    for first in range(0, len(spans), accumulate):
+        rows = range(spans[first][0], spans[first + accumulate - 1][1])
+        order += sorted(rows, key=lambda row: lengths[row])
+    return rollout.take(order)
 
 
 def _uneven(accumulate: int, prompts: int, steps: int) -> InputError:

@@ -140,6 +140,16 @@ class Rollout:
             truncated=self.truncated[start:stop],
         )
 
+    def take(self, order: Sequence[int]) -> Rollout:
+        """The rows of these numbers, in this order."""
+        index = torch.tensor(order, device=self.response_ids.device)
+        return Rollout(
+            prompts=tuple(self.prompts[row] for row in order),
+            response_ids=self.response_ids[index],
+            response_mask=self.response_mask[index],
+            truncated=self.truncated[index],
+        )
+
     def to(self, device: torch.device) -> Rollout:
         """The same rollout with its tensors on a device."""
         return replace(

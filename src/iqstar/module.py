@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from iqstar.accumulation import by_length
 from iqstar.alignment import AlignmentModule
 from iqstar.assignment import MicroBatch, assign_credit
 from iqstar.credit import CreditTransform
@@ -135,7 +136,17 @@ class InverseQStar(AlignmentModule):
     # -- the method --------------------------------------------------------------------------
 
     def assign(self, rollout: Rollout, seed: int, resuming: bool = False) -> list[MicroBatch]:
-        """Scores a rollout, estimates π̂* and assigns credit: all before the first update."""
+        """Scores a rollout, estimates π̂* and assigns credit: all before the first update.
+
+        Where padding is read, micro-batches of an optimiser step are formed by length.
+        """
+        if not (resuming or self.actor.padding_free) and self.micro_batch_size:
+            lengths = [
+                self.count_prompt_tokens(prompt) + length
+                for prompt, length in zip(rollout.prompts, rollout.lengths.tolist(), strict=True)
+            ]
+            accumulate = self.trainer.accumulate_grad_batches
+            rollout = by_length(rollout, lengths, self.micro_batch_size, accumulate)
         return self._assigned(rollout, seed, self.transforms, resuming)
 
     def assign_unchanged(self, rollout: Rollout, seed: int) -> list[MicroBatch]:

@@ -1,0 +1,71 @@
+"""Micro-batches of one optimiser step hold rows of similar length; other steps keep their rows."""
+
+import pytest
+import torch
+
+from fitting import ask, fit, make_module
+from iqstar.accumulation import by_length
+from iqstar.mdp import Prompt, make_rollout
+from iqstar.module import InverseQStar
+from iqstar.rollouts import DatasetRollout
+
+
+def rows(lengths):
+    """A row of each length whose tokens tell its number."""
+    prompts = [Prompt(messages=())] * len(lengths)
+    responses = [[number] * n for number, n in enumerate(lengths)]
+    return make_rollout(prompts, responses, [n > 5 for n in lengths])
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulate", "order"),
+    [
+        (2, 4, [1, 3, 5, 7, 6, 4, 2, 0]),
+        (2, 2, [1, 3, 2, 0, 5, 7, 6, 4]),  # two optimiser steps, each with its own rows
+        (2, 1, range(8)),  # each micro-batch is one
+        (2, 3, range(8)),  # a window would begin in one epoch and end in the next
+        (8, 4, range(8)),
+    ],
+)
+def test_rows_stay_in_their_optimiser_step(size, accumulate, order):
+    lengths = [9, 1, 7, 2, 6, 3, 5, 4]
+    found = by_length(rows(lengths), lengths, size, accumulate)
+    assert found.response_ids[:, 0].tolist() == list(order)
+    assert found.lengths.tolist() == [lengths[row] for row in order]
+    assert found.truncated.tolist() == [lengths[row] > 5 for row in order]
+
+
+class Watched(InverseQStar):
+    """Remembers the widths of micro-batches."""
+
+    def assign(self, *arguments, **options):
+        parts = super().assign(*arguments, **options)
+        self.widths = [part.sequences.input_ids.shape[1] for part in parts]
+        return parts
+
+
+def test_short_conversations_are_trained_on_together(tiny):
+    """Prompts alternate in length; the gradient is that of the rows as they came."""
+    texts = (
+        "Hi",
+        "Why is it so, and is the inner ring on?",
+        "Go",
+        "And you, is it so on the ring?",
+    )
+    prompts = tuple(ask(text, response="Yes.") for text in texts)
+    found = {}
+    for accumulate in (1, 2):
+        module = make_module(
+            tiny,
+            kind=Watched,
+            spec={"dtype": "float64"},
+            rollout=DatasetRollout(max_new_tokens=5),
+            micro_batch_size=2 if accumulate == 2 else None,
+        )
+        options = {"accumulate_grad_batches": accumulate, "precision": "64-true"}
+        run = fit(module, prompts, max_steps=1, **options)
+        found[accumulate] = module.widths, run.gradients[0]
+    (whole,), one = found[1]
+    (short, long), two = found[2]
+    assert short < long == whole
+    torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
