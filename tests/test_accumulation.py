@@ -5,34 +5,49 @@ import torch
 
 from fitting import ask, fit, make_module
 from iqstar.accumulation import by_length
-from iqstar.mdp import Prompt, make_rollout
+from iqstar.mdp import make_rollout
 from iqstar.module import InverseQStar
 from iqstar.rollouts import DatasetRollout
 
 
-def rows(lengths):
+def rows(lengths, prompts=None):
     """A row of each length whose tokens tell its number."""
-    prompts = [Prompt(messages=())] * len(lengths)
     responses = [[number] * n for number, n in enumerate(lengths)]
+    prompts = prompts or [ask(str(number)) for number in range(len(lengths))]
     return make_rollout(prompts, responses, [n > 5 for n in lengths])
 
 
 @pytest.mark.parametrize(
-    ("size", "accumulate", "order"),
+    ("size", "accumulate", "batches", "order"),
     [
-        (2, 4, [1, 3, 5, 7, 6, 4, 2, 0]),
-        (2, 2, [1, 3, 2, 0, 5, 7, 6, 4]),  # two optimiser steps, each with its own rows
-        (2, 1, range(8)),  # each micro-batch is one
-        (2, 3, range(8)),  # a window would begin in one epoch and end in the next
-        (8, 4, range(8)),
+        (2, 4, 24, [1, 3, 5, 7, 6, 4, 2, 0]),
+        (2, 2, 24, [1, 3, 2, 0, 5, 7, 6, 4]),  # two optimiser steps, each with its own rows
+        (2, 1, 24, range(8)),  # each micro-batch is one
+        (2, 3, 24, range(8)),  # a window would begin in one epoch and end in the next
+        (2, 2, 23, range(8)),  # the last window is cut: not to its shortest rows
+        (2, 2, float("inf"), range(8)),
+        (8, 4, 24, range(8)),
     ],
 )
-def test_rows_stay_in_their_optimiser_step(size, accumulate, order):
+def test_rows_stay_in_their_optimiser_step(size, accumulate, batches, order):
     lengths = [9, 1, 7, 2, 6, 3, 5, 4]
-    found = by_length(rows(lengths), lengths, size, accumulate)
+    found = by_length(rows(lengths), lambda _: 3, size, accumulate, batches)
     assert found.response_ids[:, 0].tolist() == list(order)
     assert found.lengths.tolist() == [lengths[row] for row in order]
     assert found.truncated.tolist() == [lengths[row] > 5 for row in order]
+
+
+def test_responses_to_one_prompt_stay_together():
+    """By the longest of them, with the prompt's tokens."""
+    long, short = ask("a b c d"), ask("a")
+    found = by_length(
+        rows([1, 2, 3, 6], [long, long, short, short]),
+        lambda prompt: 9 if prompt == long else 1,
+        size=2,
+        accumulate=2,
+        batches=24,
+    )
+    assert found.prompts == (short, short, long, long)
 
 
 class Watched(InverseQStar):

@@ -8,10 +8,10 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
-    {"errors", "chatter", "allocator", "vllm_worker", "signatures", "run_folder", "padding_free"},
+    {"errors", "chatter", "allocator", "vllm_worker", "signatures", "run_folder"},
     {"mdp", "precision", "ranks", "fingerprint", "atomic", "adapters", "intervals", "templates"}
     | {"foreign_errors"},
-    {"ranking", "accumulation"},
+    {"ranking", "accumulation", "padding_free"},
     {"checkpoints"},
     {"sharding"},
     {"logprobs"},

@@ -74,7 +74,9 @@ def test_gradient_under_autocast_is_near_the_exact_one():
         assert (ours - exact).norm() < 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize("option", [{"softcap": 30.0}, {"dropout": 0.1}])
+@pytest.mark.parametrize(
+    "option", [{"softcap": 30.0}, {"dropout": 0.1}, {"position_bias": torch.zeros(1)}]
+)
 def test_refuses_what_it_does_not_do(option):
     x = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match="attn_implementation"):

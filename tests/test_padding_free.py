@@ -1,5 +1,7 @@
 """Rows of unequal length are read as one line of tokens, and nothing changes but rounding."""
 
+import copy
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from iqstar.mdp import Prompt, make_rollout, pack
 from iqstar.padding_free import LEAST, Group, Line, Rows, grouped
 from iqstar.policy import CausalLM, PolicySpec
 from iqstar.prefixes import hidden_states
-from test_prefixes import BOTH, NOTHING, SAME_START, TWO_PROMPTS, Counting, packed, whole
+from test_prefixes import APART, BOTH, NOTHING, SAME_START, TWO_PROMPTS, Counting, packed, whole
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -83,15 +85,58 @@ def test_states_and_gradients_are_those_of_padded_rows(contexts, worth):
     assert (one - other).norm() <= 1e-6 * other.norm()
 
 
-@pytest.mark.parametrize("contexts", [SAME_START, BOTH, NOTHING])
+@pytest.mark.parametrize("contexts", [SAME_START, BOTH, NOTHING, APART])
 def test_another_context_goes_on_from_a_line(contexts):
     """The told rows differ in length, and what they go on from does too."""
-    model = grouped_model().model
+    model = Counting(grouped_model().model)
     told = [[*c[:-1], *range(20, 21 + i), c[-1]] for i, c in enumerate(contexts)]
     with torch.no_grad():
         _, known = hidden_states(model, packed(contexts), 1, padding_free=True)
-        ours, _ = hidden_states(model, packed(told), 0, known, padding_free=True)
-        torch.testing.assert_close(ours, whole(model, packed(told)), atol=1e-6, rtol=1e-6)
+        model.tokens.clear()
+        ours, _ = hidden_states(model, packed(told), 1, known, padding_free=True)
+        torch.testing.assert_close(ours, whole(model.model, packed(told)), atol=1e-6, rtol=1e-6)
+    if contexts is APART:  # what is told, the last token of a context, and a response
+        assert model.tokens == [(1 + 2 + 3 + 4) + 4 + (3 + 1 + 2 + 4)]
+
+
+@pytest.mark.parametrize("contexts", [SAME_START, TWO_PROMPTS, BOTH, NOTHING])
+def test_under_autocast(contexts):
+    """A cache holds keys of another dtype than attention computes in."""
+    attention.register()
+    model = tiny_model(torch.float32, attn_implementation="grouped").model
+    found = []
+    for free in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            states = hidden_states(model, packed(contexts), 1, padding_free=free)[0]
+        found.append((states, gradients(model, states)))
+    (ours, mine), (theirs, others) = found
+    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)
+    assert (mine - others).norm() <= 0.05 * others.norm()
+
+
+def test_a_mask_does_not_depend_on_the_default_dtype():
+    """Lightning's 16-true changes it."""
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert Group([0, 1], [2, 1], [2, 1], CPU).mask.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_keys_and_values_are_kept_where_they_are_wanted():
+    model = grouped_model().model
+    with torch.no_grad():
+        for keep in (True, False):
+            _, known = hidden_states(model, packed(APART), 1, padding_free=True, keep=keep)
+            assert len(known.keys.layers) == (2 if keep else 0)
+
+
+def test_a_layer_that_saw_no_line_is_an_error():
+    model = grouped_model().model
+    model.layers[1].self_attn.config = copy.copy(model.config)
+    model.layers[1].self_attn.config._attn_implementation = "eager"
+    with pytest.raises(RuntimeError, match="1 of 2 layers"):
+        hidden_states(model, packed(NOTHING), 1, padding_free=True)
 
 
 def test_no_padding_is_read():

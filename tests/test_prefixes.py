@@ -12,6 +12,7 @@ SAME_START = [[1, 2, 3, 4], [1, 2, 3, 5, 6], [1, 2, 7], [1, 2, 3, 4, 5, 6, 7]]
 TWO_PROMPTS = [[1, 2, 3], [1, 2, 3], [4, 5, 6, 7, 8], [4, 5, 6, 7, 8]]
 BOTH = [[1, 2, 3], [1, 2, 3], [1, 2, 6, 7, 8], [1, 2, 6, 7, 8]]
 NOTHING = [[1, 2], [2, 3], [3, 4], [4, 5]]
+APART = [[1, 2, 3, 4], [2, 3], [3, 4, 5, 6, 7, 8], [4, 5, 6]]
 
 
 def packed(contexts):
@@ -24,7 +25,7 @@ class Counting(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.tokens = model, []
+        self.model, self.config, self.tokens = model, model.config, []
 
     def forward(self, input_ids, **arguments):
         self.tokens.append(input_ids.numel())
@@ -70,16 +71,18 @@ def test_one_more_pass_has_to_pay():
     assert len(model.tokens) == 1
 
 
-@pytest.mark.parametrize("contexts", [SAME_START, BOTH, NOTHING])
+@pytest.mark.parametrize("contexts", [SAME_START, BOTH, NOTHING, APART])
 def test_another_context_goes_on_where_it_differs(contexts):
     counting = Counting(tiny_model(torch.float64).model)
     told = packed([[*c[:-1], 20, 21, c[-1]] for c in contexts])
     with torch.no_grad():
         _, known = hidden_states(counting, packed(contexts), worth=1)
         counting.tokens.clear()
-        states, _ = hidden_states(counting, told, worth=0, known=known)
+        states, _ = hidden_states(counting, told, worth=1, known=known)
         torch.testing.assert_close(states, whole(counting.model, told), atol=1e-12, rtol=1e-12)
     assert sum(counting.tokens) <= told.input_ids.numel()
+    if contexts is APART:  # nothing else is shared: three tokens of a context, and a response
+        assert counting.tokens == [4 * (3 + 4)]
 
 
 def test_common_prefix_leaves_every_row_a_token_that_predicts():

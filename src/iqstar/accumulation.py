@@ -5,13 +5,13 @@ Inside of a window rows may change places: their gradients are added up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 from lightning import Trainer
 
 from iqstar.errors import InputError
-from iqstar.mdp import PromptBatch, Rollout
+from iqstar.mdp import Prompt, PromptBatch, Rollout
 from iqstar.ranks import even_spans
 
 
@@ -51,25 +51,43 @@ def check_whole_windows(trainer: Trainer) -> None:
         raise _uneven(accumulate, data.batch_size, steps[0])
 
 
-def by_length(rollout: Rollout, lengths: Sequence[int], size: int, accumulate: int) -> Rollout:
-    """The rows of each window sorted, so that its micro-batches need little padding.
+def by_length(
+    rollout: Rollout,
+    prompt_tokens: Callable[[Prompt], int],
+    size: int,
+    accumulate: int,
+    batches: int | float,
+) -> Rollout:
+    """Sorts the rows of each window, so that its micro-batches need little padding.
+
+    Responses to one prompt stay together: what they begin with is read once.
 
     Args:
         rollout: The rows.
-        lengths: Tokens of each, the prompt's included.
+        prompt_tokens: Counts a prompt's tokens.
         size: Of a micro-batch, at most.
-        accumulate: Micro-batches of a window.
+        accumulate: ``trainer.accumulate_grad_batches``.
+        batches: Micro-batches of an epoch, ``trainer.limit_train_batches`` heeded.
 
     Returns:
-        The same rows; in their old order where windows would differ from epoch to epoch.
+        The same rows; in their old order where a window is cut short, goes on in another epoch of
+        the rollout, or is one micro-batch.
     """
-    spans = even_spans(len(rollout), size, rollout.response_ids.device)
-    if accumulate == 1 or len(spans) % accumulate:
+    if accumulate == 1 or batches % accumulate:
         return rollout
+    spans = even_spans(len(rollout), size, rollout.response_ids.device)
+    if len(spans) % accumulate:
+        return rollout
+    counts = {prompt: prompt_tokens(prompt) for prompt in rollout.prompts}
+    rows = zip(rollout.prompts, rollout.lengths.tolist(), strict=True)
+    lengths = [counts[prompt] + length for prompt, length in rows]
     order: list[int] = []
     for first in range(0, len(spans), accumulate):
-        rows = range(spans[first][0], spans[first + accumulate - 1][1])
-        order += sorted(rows, key=lambda row: lengths[row])
+        of_prompt: dict[Prompt, list[int]] = {}
+        for row in range(spans[first][0], spans[first + accumulate - 1][1]):
+            of_prompt.setdefault(rollout.prompts[row], []).append(row)
+        together = sorted(of_prompt.values(), key=lambda rows: max(lengths[r] for r in rows))
+        order += [row for rows in together for row in rows]
     return rollout.take(order)
 
 

@@ -161,14 +161,19 @@ def _agree(lm: CausalLM, read: Callable[[TokenSequences, KnownContexts | None], 
     """Whether ``read`` gives the states of whole passes over unequal rows that begin alike."""
     a, b, c, d, e, f, g = (torch.arange(1, 8) % lm.chat.vocab_size).tolist()
     rollout = make_rollout([Prompt(messages=())] * 4, [[e, f], [g], [f, e, a], [g]], [True] * 4)
-    sequences = pack([[a, b, c, d], [a, b, c, d], [a, e, d], [a, f]], rollout, 0)
-    told = pack([[a, b, c, g], [a, b, c, g], [a, e, g], [a, g]], rollout, 0)
+    alike = [[a, b, c, d], [a, b, c, d], [a, e, d], [a, f]]
+    apart = [[a, b, c, d], [b, c, d], [c, a], [d]]  # read at once, and gone on from as they are
     try:
         with _mode(lm, training=False):
-            states, known = read(sequences, None)
-            again, _ = read(told, known)
-            pairs = (lm.hidden(sequences), states), (lm.hidden(told), again)
-            return all(torch.allclose(x, y, atol=1e-2, rtol=1e-2) for x, y in pairs)
+            for contexts in (alike, apart):
+                sequences = pack(contexts, rollout, 0)
+                told = pack([[*context[:-1], g] for context in contexts], rollout, 0)
+                states, known = read(sequences, None)
+                again, _ = read(told, known)
+                for x, y in ((lm.hidden(sequences), states), (lm.hidden(told), again)):
+                    if not torch.allclose(x, y, atol=1e-2, rtol=1e-2):
+                        return False
+            return True
     except UNLIKE:
         return False  # it has another kind of cache, or takes no line
 

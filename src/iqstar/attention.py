@@ -22,6 +22,8 @@ from iqstar.padding_free import Line
 from iqstar.precision import product_dtype
 
 NAME = "grouped"
+_MORE = ("softcap", "s_aux", "position_bias")
+"""What some models hand over that changes the result."""
 
 
 def grouped_attention(
@@ -58,10 +60,10 @@ def grouped_attention(
     Raises:
         InputError: If the model asks for what is not implemented.
     """
-    if dropout or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+    if dropout or any(kwargs.get(name) is not None for name in _MORE):
         raise InputError(
-            f"model.policy.attn_implementation: {NAME!r} has no dropout, soft-capping or sinks; "
-            "use 'eager' or 'sdpa' for this model"
+            f"model.policy.attn_implementation: {NAME!r} has no dropout, soft-capping, sinks or "
+            "biases; use 'eager' or 'sdpa' for this model"
         )
     query, key, value = (x.to(product_dtype(x)) for x in (query, key, value))
     attend = partial(_in_rows, scaling=query.shape[3] ** -0.5 if scaling is None else scaling)

@@ -140,13 +140,15 @@ class InverseQStar(AlignmentModule):
 
         Where padding is read, micro-batches of an optimiser step are formed by length.
         """
-        if not (resuming or self.actor.padding_free) and self.micro_batch_size:
-            lengths = [
-                self.count_prompt_tokens(prompt) + length
-                for prompt, length in zip(rollout.prompts, rollout.lengths.tolist(), strict=True)
-            ]
-            accumulate = self.trainer.accumulate_grad_batches
-            rollout = by_length(rollout, lengths, self.micro_batch_size, accumulate)
+        size = self.micro_batch_size
+        if size and not (resuming or self.actor.padding_free):
+            rollout = by_length(
+                rollout,
+                self.count_prompt_tokens,
+                size,
+                self.trainer.accumulate_grad_batches,
+                self.trainer.num_training_batches,
+            )
         return self._assigned(rollout, seed, self.transforms, resuming)
 
     def assign_unchanged(self, rollout: Rollout, seed: int) -> list[MicroBatch]:

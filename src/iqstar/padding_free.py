@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from iqstar.mdp import length_mask
+
 WASTED = 2**14
 """Scores of padding in a group, at most: they cost about what one more group does."""
 SCORES = 2**19
@@ -49,9 +51,9 @@ class Rows:
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Rows:
         """Those of so many tokens each, row by row."""
-        places = [(row, column) for row, n in enumerate(lengths) for column in range(n)]
-        row, column = torch.tensor(places, device=device).unbind(1)
-        return cls(count=len(lengths), width=max(lengths), row=row, column=column)
+        width = max(lengths)
+        row, column = length_mask(lengths, width).nonzero().to(device).unbind(1)
+        return cls(count=len(lengths), width=width, row=row, column=column)
 
     def apart(
         self, states: Float[Tensor, "tokens heads size"]
@@ -96,7 +98,8 @@ class Group:
         self.past = max(done)
         width, keys = self.rows.width, self.past + self.rows.width
         known = torch.tensor(done if len(set(done)) > 1 else done[:1], device=device)
-        mask = torch.full((width, keys), LEAST, device=device).triu(self.past + 1)
+        mask = torch.full((width, keys), LEAST, dtype=torch.float32, device=device)
+        mask = mask.triu(self.past + 1)
         self.mask: Tensor = mask.repeat(len(known), 1, 1, 1)
         missing = torch.arange(self.past, device=device) >= known[:, None]
         self.mask[..., : self.past].masked_fill_(missing[:, None, None], LEAST)
@@ -114,7 +117,7 @@ class Line:
 
     Attributes:
         starts: Place in the line of each row's first token.
-        kept: Keys and values of the past and the line at each layer so far, in rows.
+        kept: If asked for, keys and values of the past and the line by layer, in rows.
     """
 
     def __init__(
@@ -141,8 +144,9 @@ class Line:
             column=torch.cat([group.rows.column for group in self.groups]),
         )
         self.positions = torch.tensor(done, device=device)[self.rows.row] + self.rows.column
-        self.kept: tuple[KeysAndValues, ...] = ()
+        self.kept: dict[int, KeysAndValues] = {}
         self._past, self._keep = past, keep
+        self._attended: set[int] = set()
 
     def states(self, model: Any, ids: Int[Tensor, "rows width"]) -> Float[Tensor, "tokens dim"]:
         """Hidden states of the line's tokens.
@@ -150,6 +154,9 @@ class Line:
         Args:
             model: The transformer below the head, with the attention ``grouped``.
             ids: Token ids in rows.
+
+        Raises:
+            RuntimeError: If a layer attended to something else.
         """
         output = model(
             input_ids=ids[self.rows.row, self.rows.column][None],
@@ -158,6 +165,10 @@ class Line:
             use_cache=False,
             line=self,
         )
+        layers = model.config.get_text_config().num_hidden_layers
+        if len(self._attended) != layers:
+            seen = f"{len(self._attended)} of {layers} layers"
+            raise RuntimeError(f"{type(model).__name__}: the line of tokens came to {seen}")
         states: Tensor = output.last_hidden_state[0]
         return states
 
@@ -178,11 +189,13 @@ class Line:
             key: Its keys.
             value: Its values.
         """
-        past = self._past[layer.layer_idx] if self._past else None
+        number: int = layer.layer_idx
+        self._attended.add(number)
+        past = self._past[number] if self._past else None
         states = [x[0].transpose(0, 1) for x in (query, key, value)]
         if self._keep:
             keys, values = (self.rows.apart(x) for x in states[1:])
-            self.kept += (_joined(past, (keys, values)),)
+            self.kept[number] = _joined(past, (keys, values))
         sizes = [len(group.rows.row) for group in self.groups]
         outputs = []
         for group, *parts in zip(self.groups, *(x.split(sizes) for x in states), strict=True):
@@ -217,9 +230,11 @@ def grouped(lengths: Sequence[int], done: Sequence[int]) -> list[list[int]]:
 
 
 def _joined(past: Any, new: KeysAndValues) -> KeysAndValues:
+    """In the dtype of the new ones, which is autocast's; those of a cache may have another."""
     if past is None:
         return new
-    return torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)
+    keys, values = (torch.cat([x.to(y.dtype), y], dim=2) for x, y in zip(past, new, strict=True))
+    return keys, values
 
 
 class _Apart(torch.autograd.Function):

@@ -178,7 +178,7 @@ class CausalLM(nn.Module):
             mask: Whether to hand on the attention mask; needed for left padding.
         """
         if not mask and self.sharing and sequences.contexts:
-            return self.hidden_and_keys(sequences)[0]
+            return self.hidden_and_keys(sequences, keep=False)[0]
         ids, lengths = sequences.input_ids, sequences.lengths
         if not mask and self.padding_free and sequences.contexts and min(lengths) < ids.shape[1]:
             line, row = Line(lengths, ids.device), sequences.predictors // ids.shape[1]
@@ -193,19 +193,20 @@ class CausalLM(nn.Module):
         return states.flatten(0, 1)[sequences.predictors]
 
     def hidden_and_keys(
-        self, sequences: TokenSequences, known: KnownContexts | None = None
+        self, sequences: TokenSequences, known: KnownContexts | None = None, keep: bool = True
     ) -> tuple[Float[Tensor, "tokens dim"], KnownContexts]:
         """As :meth:`hidden`, for a model that is :attr:`sharing`; starts from what is known.
 
         Args:
             sequences: Packed inputs, padded on the right.
             known: What this model, frozen, computed for other contexts of the same rows.
+            keep: Whether other contexts will go on from these.
 
         Returns:
-            The states, and what is now known of these contexts.
+            The states, and what is now known of these contexts, if it is kept.
         """
         worth = WORTH if self.device.type == "cpu" else WORTH_ON_GPU
-        return hidden_states(self.body, sequences, worth, known, self.padding_free)
+        return hidden_states(self.body, sequences, worth, known, self.padding_free, keep)
 
     def head(self, temperature: float = 1.0) -> LanguageHead:
         """The output head at a temperature; padded rows of the vocabulary are left out."""

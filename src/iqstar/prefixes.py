@@ -100,6 +100,7 @@ def hidden_states(
     worth: int = WORTH,
     known: KnownContexts | None = None,
     padding_free: bool = False,
+    keep: bool = True,
 ) -> tuple[Float[Tensor, "tokens dim"], KnownContexts]:
     """Hidden states that predict the response tokens, flattened row by row.
 
@@ -111,9 +112,10 @@ def hidden_states(
         worth: Tokens that must be saved for one more forward pass.
         known: What the same model, frozen, computed for other contexts of the same rows.
         padding_free: Whether the model takes rows as a line (:mod:`iqstar.padding_free`).
+        keep: Whether other contexts will go on from these.
 
     Returns:
-        The states, and what is now known of these contexts; with gradient it may be nothing.
+        The states, and what is now known of these contexts, if it is kept.
     """
     contexts = sequences.contexts
     past, counts = _beginning(model, sequences, worth, padding_free)
@@ -121,7 +123,7 @@ def hidden_states(
         shared = known.shared(contexts)
         if sum(shared) > sum(counts) + worth:
             past, counts = known.keys.first(shared), shared
-    states, keys = _rest(model, sequences, past, counts, padding_free)
+    states, keys = _rest(model, sequences, past, counts, padding_free, keep)
     return states, KnownContexts(contexts=contexts, keys=keys)
 
 
@@ -144,14 +146,14 @@ def _beginning(
     past = None
     if stem:
         ids = torch.tensor([contexts[0][:stem]], device=device)
-        *_, past = _read(model, ids, [stem], None, [0])
+        *_, past = _read(model, ids, [stem], None, [0], padding_free)
     if branches:
         lengths = [len(t) - 1 - stem for t in twigs]
         mask = length_mask(lengths, max(lengths)).to(device)
         ids = torch.zeros_like(mask, dtype=torch.long)
         ids[mask] = torch.tensor([i for t in twigs for i in t[stem:-1]], device=device)
         before = past.rows([0] * len(twigs)) if past else None
-        *_, past = _read(model, ids, lengths, before, [stem] * len(twigs), padding_free, True)
+        *_, past = _read(model, ids, lengths, before, [stem] * len(twigs), padding_free)
         counts = [len(c) - 1 for c in contexts]
         return past.rows([twigs.index(c) for c in contexts]), counts
     return (past.rows([0] * len(contexts)) if past else None), counts
@@ -163,6 +165,7 @@ def _rest(
     past: KeyValues | None,
     counts: Sequence[int],
     padding_free: bool,
+    keep: bool,
 ) -> tuple[Float[Tensor, "tokens dim"], KeyValues]:
     """Reads each row from its ``counts[i]``-th token on."""
     ids, seq = sequences.input_ids, sequences.input_ids.shape[1]
@@ -170,7 +173,7 @@ def _rest(
     lengths = [n - c for n, c in zip(sequences.lengths, counts, strict=True)]
     columns = done[:, None] + torch.arange(max(lengths), device=ids.device)
     rest = ids.gather(1, columns.clamp(max=seq - 1))
-    states, starts, keys = _read(model, rest, lengths, past, counts, padding_free)
+    states, starts, keys = _read(model, rest, lengths, past, counts, padding_free, keep)
     row = sequences.predictors // seq
     return states[sequences.predictors - row * seq - done[row] + starts[row]], keys
 
@@ -181,8 +184,8 @@ def _read(
     lengths: Sequence[int],
     past: KeyValues | None,
     counts: Sequence[int],
-    padding_free: bool = False,
-    keep: bool = False,
+    padding_free: bool,
+    keep: bool = True,
 ) -> tuple[Float[Tensor, "tokens dim"], Int[Tensor, " rows"], KeyValues]:
     """One forward pass after ``past``, which has ``counts``, of rows padded on the right.
 
@@ -199,10 +202,10 @@ def _read(
     whole = torch.cat([seen, mask], dim=1)
     if padding_free and len(set(zip(lengths, counts, strict=True))) > 1:
         layers = () if past is None else past.layers
-        keep = keep or not torch.is_grad_enabled()  # others go on from frozen models only
         line = Line(lengths, ids.device, counts, layers, keep)
         states = line.states(model, ids)
-        return states, line.starts, KeyValues(layers=line.kept, mask=whole, padded=True)
+        layers = tuple(line.kept[number] for number in sorted(line.kept))
+        return states, line.starts, KeyValues(layers=layers, mask=whole, padded=True)
     output = model(
         input_ids=ids,
         attention_mask=whole.long() if past is not None and past.padded else None,

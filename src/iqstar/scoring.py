@@ -16,10 +16,10 @@ from iqstar.mdp import Rollout, TokenSequences, pack
 from iqstar.policy import CausalLM, Policy
 from iqstar.prefixes import KnownContexts
 
-KEPT, KEPT_BYTES = 4, 2**30
-"""Keys and values are kept for other contexts of as many micro-batches, or more up to that size.
+KEPT, KEPT_BYTES = 4, 2**28
+"""Keys and values are kept of so many micro-batches, and of more while they are fewer bytes.
 
-Those of 4 are fewer bytes than what autograd will keep of one, when they are gone.
+Those of 4 are less than what autograd will keep of one, when they are gone.
 """
 
 
@@ -108,17 +108,17 @@ class RolloutScorer:
     ) -> HeadDistributions:
         """Distributions of a model; fills ``known`` if it is empty, and starts from it if not."""
         states: list[Tensor] = []
-        found: list[KnownContexts | None] = []
+        filling, held = known == [], 0
         for number, packed in enumerate(sequences):
             if known is None or not (model.sharing and packed.contexts):
                 states.append(model.hidden(packed))
                 continue
-            hidden, keys = model.hidden_and_keys(packed, known[number] if known else None)
+            keep = filling and (number < KEPT or held < KEPT_BYTES)
+            hidden, keys = model.hidden_and_keys(packed, None if filling else known[number], keep)
             states.append(hidden)
-            held = sum(k.keys.nbytes for k in found if k is not None)
-            found.append(keys if len(found) < KEPT or held < KEPT_BYTES else None)
-        if known is not None and not known:
-            known += found
+            if filling:
+                known.append(keys if keep else None)
+                held += keys.keys.nbytes if keep else 0
         if id(model) not in self._heads:
             self._heads[id(model)] = model.frozen_head(self.temperature)
         return HeadDistributions(torch.cat(states), self._heads[id(model)])
