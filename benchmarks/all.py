@@ -15,9 +15,10 @@ from pathlib import Path
 import goals
 import harness
 
-SCRIPTS = ("step", "rollouts", "kernel", "utilisation", "linear", "startup", "scaling")
+SCRIPTS = ("step", "padding", "rollouts", "kernel", "utilisation", "linear", "startup", "scaling")
 FAST = {
     "step": ["--precision", "32-true", "--prompts", "2", "--tokens", "8"],
+    "padding": ["--prompts", "4", "--tokens", "8", "--steps", "1"],
     "rollouts": ["--precision", "32-true", "--responses", "2", "--tokens", "8", "--repeats", "1"],
     "kernel": ["--precision", "32-true", "--vocab", "8192", "--lengths", "128"],
     "utilisation": ["--precision", "32-true", "--prompts", "2", "--tokens", "8", "--steps", "1"],
@@ -27,6 +28,8 @@ FAST = {
 }
 """Arguments of a smoke run, whose figures mean nothing."""
 WITH_SERVER = ("step", "rollouts")
+WITH_CONVERSATIONS = ("padding",)
+"""Measured where there is a file of HH-RLHF only; the shipped prompts are all short."""
 
 
 def main() -> None:
@@ -41,7 +44,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) if options.fast else harness.RESULTS
+        conversations = options.data or harness.HH.is_file()
         for name in options.only:
+            if name in WITH_CONVERSATIONS and not conversations:
+                print(f"{name}: left out; give a file of HH-RLHF with --data")
+                continue
             command = [sys.executable, str(Path(__file__).with_name(f"{name}.py"))]
             command += ["--out", str(out), "--model", options.model]
             command += ["--rounds", "1" if options.fast else str(options.rounds)]

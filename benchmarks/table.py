@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,16 @@ def markdown(table: Mapping[str, Any]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, rule, *table["rows"]))
 
 
+def command(record: Mapping[str, Any]) -> str:
+    """What was run, but for ``--data`` and ``--out``."""
+    words = ["python", f"benchmarks/{record['script']}"]
+    for name, value in record["options"].items():
+        if value is not None and name not in ("threads", "model"):
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{name}", *(shlex.quote(str(v)) for v in values)]
+    return " ".join(words)
+
+
 def source(record: Mapping[str, Any]) -> str:
     """Where figures come from: the command, the machine, the versions."""
     machine, versions = record["machine"], record["versions"]
@@ -38,7 +49,7 @@ def source(record: Mapping[str, Any]) -> str:
     flags = ", ".join(machine["flags"]) or "no wide instructions"
     of = "1 round" if rounds == 1 else f"medians of {rounds} rounds"
     return (
-        f"`python benchmarks/{record['script']} --rounds {rounds}`, {of}, {record['date']}: "
+        f"`{command(record)}`, {of}, {record['date']}: "
         f"{machine['processor']}, {machine['cores']} cores ({flags}); torch {versions['torch']}, "
         f"transformers {versions['transformers']}, trl {versions['trl']}, "
         f"iqstar at {versions['commit']}.\n"

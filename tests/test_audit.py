@@ -156,6 +156,7 @@ def test_too_few_prompts_to_train_on(tmp_path, capsys):
         (["--data", "Sample", "--data.val_prompts", "x"], "data.val_prompts: "),
         (["--data", "Sample", "--data.batch_size", "0"], "data.batch_size: 0 is too small"),
         (["--data", "JSONL", "--data.path", "nowhere.jsonl"], "data.path: no such file"),
+        (["--data", "JSONL", "--data.path", " "], "data.path: is empty; name a file"),
         (["--data", "Sample", "--jsn"], "--jsn"),
     ],
 )
@@ -165,13 +166,14 @@ def test_wrong_arguments_are_explained(argv, expected):
     assert expected in str(error.value)
 
 
-def test_the_data_of_a_runs_config(tmp_path, capsys):
+def test_the_data_of_a_runs_config(tmp_path, capsys, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "Who?"}\n{"prompt": "Why then?"}\n')
     own = {"class_path": "iqstar.data.JSONL", "init_args": {"path": str(tmp_path / "rows.jsonl")}}
     config, other = tmp_path / "my.yaml", tmp_path / "other.yaml"
     config.write_text(json.dumps({"model": {"class_path": "iqstar.InverseQStar"}, "data": own}))
     other.write_text("trainer: {devices: 2}")
-    both = ["--config", str(config), "--config", str(other)]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    both = ["--config=~/my.yaml", "--config", str(other)]
     assert audit(capsys, *both)["details"]["split"] == {"train": 1, "heldout": 1}
     report = audit(capsys, *both, "--data.max_prompt_chars", "4", "--data.val_prompts", "0")
     assert report["details"]["split"] == {"train": 1, "heldout": 0}

@@ -466,6 +466,15 @@ def test_half_an_emoji_is_named(tmp_path):
         next(rows)
 
 
+@pytest.mark.parametrize("indent", [1, 4])
+def test_one_json_document_is_no_line(tmp_path, indent):
+    (tmp_path / "a.jsonl").write_text(json.dumps([{"prompt": "a"}], indent=indent))
+    with pytest.raises(
+        InputError, match=r"a\.jsonl:1: one JSON value over .* name the file \.json"
+    ):
+        list(read_file(tmp_path / "a.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("line", "what"),
     [

@@ -122,6 +122,13 @@ def test_labels_that_are_text_are_no_labels(tmp_path):
     assert audit_answers(rows)["details"]["no_label"] == 2
 
 
+def test_a_response_that_is_no_text_is_named_by_its_own_line(tmp_path):
+    rows = [{"prompt": "q", "response": r, "is_safe": r == "a"} for r in ("a", 3)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: response must be text"):
+        pairs_of(BeaverTailsPairs(path=path, val_prompts=0))
+
+
 def test_saferlhf_prefers_the_safer_response(tmp_path):
     rows = [
         {"prompt": q, "response_0": "x", "response_1": "y", "safer_response_id": safer}

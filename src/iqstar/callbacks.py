@@ -141,7 +141,9 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Appends a batch; with several ranks each writes a file of its own."""
-        path = Path(self.path) if self.path else run_folder(trainer) / "predictions.jsonl"
+        path = (
+            Path(self.path).expanduser() if self.path else run_folder(trainer) / "predictions.jsonl"
+        )
         if trainer.world_size > 1:
             path = path.with_suffix(f".{trainer.global_rank}{path.suffix}")
         mode = "a" if self._opened == path else "w"
@@ -152,4 +154,6 @@ class PredictionWriter(BasePredictionWriter):
                 for row in prediction:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise InputError(f"predictions: cannot write {path}: {error.strerror}") from error
+            raise InputError(
+                f"predictions.path: cannot write {path} ({error.strerror}); name another file"
+            ) from error

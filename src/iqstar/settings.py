@@ -77,9 +77,9 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
         if flag in CONFIG_FLAGS:
             if not value:
                 raise InputError(f"{flag}: no file is given; write {flag} FILE")
-            if not Path(value).is_file():
+            if not (file := Path(value).expanduser()).is_file():
                 raise InputError(f"{flag}: {value} does not exist or is not a file")
-            settings += read_yaml(Path(value))
+            settings += read_yaml(file)
             continue
         path = tuple(flag.removeprefix("--").removesuffix("+").split("."))
         settings.append(Setting(path=path, value=value, place=""))
@@ -87,11 +87,11 @@ def read_settings(arguments: Sequence[str]) -> list[Setting]:
             if value.startswith("{") and (node := yaml.compose(value, Loader=yaml.SafeLoader)):
                 settings += _walk(node, path)
         if value.endswith(YAML_SUFFIXES) and path[-1] not in DATA_KEYS:
-            if not (exists := Path(value).is_file()) and " " in value:
-                continue  # a text, such as a principle
-            if not exists:
+            if not (file := Path(value).expanduser()).is_file():
+                if " " in value:
+                    continue  # a text, such as a principle
                 raise InputError(f"{flag}: {value} does not exist or is not a file")
-            settings += read_yaml(Path(value), path)
+            settings += read_yaml(file, path)
     return settings
 
 

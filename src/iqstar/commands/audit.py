@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from iqstar import data as data_modules
+from iqstar.commands.options import path
 from iqstar.data import PromptDataModule
 from iqstar.errors import InputError
 from iqstar.settings import CONFIG_FLAGS, Explainer, read_settings
@@ -99,7 +99,7 @@ def _parser(argv: list[str]) -> tuple[ArgumentParser, list[str]]:
     parser.add_subclass_arguments(PromptDataModule, "data", required=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    before.add_argument(*CONFIG_FLAGS, type=Path, action="append", default=[])
+    before.add_argument(*CONFIG_FLAGS, type=path, action="append", default=[])
     found, others = before.parse_known_args(argv)
     given = [yaml.safe_load(file.read_text(encoding="utf-8")).get("data") for file in found.config]
     return parser, [*(f"--data={json.dumps(data)}" for data in given if data), *others]

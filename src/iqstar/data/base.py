@@ -164,9 +164,10 @@ class PromptDataModule(LightningDataModule, ABC):
             self._build()
             rank_zero_info("%s: %s", type(self).__name__, self.report)
         if stage == "fit" and not self.train_prompts:
+            held = self.heldout_prompts
+            remedy = "lower data.val_prompts or loosen" if held else "repair the rows or loosen"
             raise InputError(
-                f"data: no prompt is left to train on ({self.report}); "
-                "lower data.val_prompts or loosen the filters"
+                f"data: no prompt is left to train on ({self.report}); {remedy} the filters"
             )
 
     def check_values(self) -> None:

@@ -54,7 +54,7 @@ class BeaverTailsPairs(BeaverTails):
         harms: dict[str, dict[str, bool]] = {}
         for row in super().rows():
             prompt, safe = str(row.values["prompt"]).strip(), row.values["is_safe"]
-            if not isinstance(safe, bool):
+            if not (isinstance(safe, bool) and isinstance(row.values["response"], str)):
                 yield row  # for parse to refuse
                 continue
             sides.setdefault(prompt, {}).setdefault(safe, row)
@@ -73,7 +73,7 @@ class BeaverTailsPairs(BeaverTails):
         """The question, with the safe answer before the unsafe one."""
         if not isinstance(row["is_safe"], bool):
             raise RowError(f"is_safe must be true or false, found {row['is_safe']!r}")
-        if not isinstance(row["rejected"], str):
+        if not isinstance(row["response"], str):
             raise RowError("response must be text")
         prompt = super().parse(row)
         return with_pair(prompt, prompt.response or "", row["rejected"])

@@ -62,6 +62,8 @@ def find_files(
     known = ", ".join(SUFFIXES)
     files: list[Path] = []
     for entry in [path] if isinstance(path, str) else path:
+        if not entry.strip():  # an unset variable; the folder is "."
+            raise InputError(f"{key}: is empty; name a file ending in {known}, or a folder")
         try:
             files += _files_of(Path(entry).expanduser(), entry, key, hub_id)
         except PermissionError as error:
@@ -120,6 +122,11 @@ def _read_lines(file: Path) -> Iterator[Row]:
                 yield Row(values=values, source=str(file), index=index, line=number)
                 index += 1
     except json.JSONDecodeError as bad:
+        if number == 1 and line.strip() in (b"[", b"{"):
+            raise InputError(
+                f"{file}:1: one JSON value over several lines; write one object a line, or name "
+                "the file .json"
+            ) from bad
         what = f"{bad.msg}, column {bad.colno}"
         raise InputError(
             f"{file}:{number}: malformed JSON: {what}; repair or remove the line"
@@ -172,13 +179,16 @@ def read_hub(name: str, options: Mapping[str, Any]) -> Iterator[Row]:
         InputError: If it cannot be had.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         rows = load_dataset(name, **options)
-    except (OSError, ValueError) as error:  # no network, no such data set, folder or split
+    except (OSError, ValueError, DatasetsError) as error:  # no network, data set, folder or split
+        subset = options.get("name") or options.get("data_dir")
+        check = f"check data.subset ({subset}), or " if subset else ""
         raise InputError(
             f"cannot load {name} from the hub ({type(error).__name__}: {error}); "
-            "set data.path to a local copy of it"
+            f"{check}set data.path to a local copy of it"
         ) from error
     for index, values in enumerate(rows):
         yield Row(values=values, source=name, index=index)
