@@ -3,8 +3,7 @@
 ``IQSTAR_PATHS=plain`` turns the optimisations off: nothing that rows share is read once, padding is
 read, responses come from transformers' ``generate``, weights are cast at every product and never
 packed, layers are transformers' own. ``IQSTAR_PATHS=fast`` turns on what is off by default: the
-attention of the shipped configs, with which no padding is read; and what rows share is read once
-however little it is.
+attention of the shipped configs, with which no padding is read.
 """
 
 from __future__ import annotations
@@ -32,8 +31,6 @@ def choose() -> None:
         own(self, **{**changed[paths], **given})
 
     policy.PolicySpec.__init__ = init
-    if paths == "fast":
-        policy.WORTH = 1
     if paths == "plain":
         decoding.fits = lambda *_: False
         policy.casts_kept = lambda *_: nullcontext()
