@@ -27,6 +27,15 @@ FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_ti
 CROWDED = 0.05
 """Share of the machine that others may use before a measurement is called into question."""
 
+TRAINER: dict[str, Any] = {
+    "accelerator": "cpu",
+    "gradient_clip_val": 1.0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Of every Trainer that is timed: nothing runs beside the training."""
 Sample = dict[str, Any]
 """What one worker process measured."""
 

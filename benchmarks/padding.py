@@ -1,7 +1,7 @@
 """What padding costs an update on whole conversations, whose lengths differ much.
 
 HH-RLHF's conversations with their own replies, 16 of them a step, frozen scoring included, as one
-micro-batch or in micro-batches of 4, which are of similar length; with and without
+micro-batch or in micro-batches of 4, which the padded side forms by length; with and without
 ``padding_free``, in alternating fresh processes:
 
     python benchmarks/padding.py --rounds 5
@@ -73,15 +73,10 @@ def worker(settings: dict[str, Any]) -> dict[str, Any]:
     )
     data = HHRLHF(path=settings["data"], batch_size=settings["prompts"], val_prompts=0)
     trainer = Trainer(
-        accelerator="cpu",
         precision=settings["precision"],
         max_steps=1 + settings["steps"],
         accumulate_grad_batches=module.training_steps(settings["prompts"]),
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **harness.TRAINER,
         callbacks=[Steps()],
     )
     trainer.fit(module, datamodule=data)

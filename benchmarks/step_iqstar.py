@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import harness
 import memory
 from clock import Clock
 
@@ -95,15 +96,10 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
         file.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in settings["texts"]))
         data = JSONL(str(file), batch_size=settings["prompts"], val_prompts=0, shuffle=False)
         trainer = Trainer(
-            accelerator="cpu",
             precision=settings["precision"],
             max_steps=settings["warmup"] + settings["steps"],
             accumulate_grad_batches=module.training_steps(settings["prompts"]),
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **harness.TRAINER,
             callbacks=[Phases()],
         )
         trainer.fit(module, datamodule=data)

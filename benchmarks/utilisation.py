@@ -145,14 +145,9 @@ def worker(settings: dict[str, Any]) -> dict[str, Any]:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         data = JSONL(str(file), batch_size=settings["prompts"], val_prompts=0, shuffle=False)
         trainer = Trainer(
-            accelerator="cpu",
             precision=settings["precision"],
             max_steps=record + 1 + settings["steps"],
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
+            **harness.TRAINER,
             callbacks=[Update()],
         )
         trainer.fit(module, datamodule=data)
