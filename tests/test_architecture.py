@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
-    {"errors", "chatter", "allocator", "vllm_worker", "signatures", "run_folder"},
+    {"errors", "chatter", "allocator", "vllm_worker", "signatures", "run_folder", "provenance"},
     {"mdp", "precision", "ranks", "fingerprint", "atomic", "adapters", "intervals", "templates"}
     | {"foreign_errors"},
     {"ranking", "accumulation", "padding_free"},

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from cli_tools import REMOVED, changed, error_of, tiny_config, write_config
 from fitting import contrast, make_module, make_trainer
 from iqstar.adapters import LoRASpec
-from iqstar.card import DEFAULT_LOSS, RunRecord, _described, model_card
+from iqstar.card import DEFAULT_LOSS, RunRecord, _described, model_card, settings_of
 from iqstar.chat import ChatFormat
 from iqstar.cli import main
 from iqstar.data import JSONL
@@ -28,6 +28,8 @@ from iqstar.export_callback import Export
 from iqstar.mdp import Message
 from iqstar.module import InverseQStar
 from iqstar.policy import PolicySpec
+from iqstar.provenance import ALIGNED_PAIR, BASELINES, NO_LABELS, REPLAY
+from iqstar.rollouts import DatasetRollout, GenerateRollout, MixtureRollout
 from tiny import CHAT_TEMPLATE, tiny_folder, tiny_tokenizer
 
 LORA = {"rank": 4, "alpha": 8}
@@ -307,6 +309,69 @@ def test_card_names_the_default_loss(loss):
     assert "principle |" not in card
 
 
+def part(name, **arguments):
+    return {"class_path": name, "init_args": arguments}
+
+
+ALIGNED = part("iqstar.estimators.AlignedPairEstimator", aligned="dpo", base="base")
+PRINCIPLE = part("iqstar.estimators.PrincipleEstimator", principle="Be kind.")
+GENERATED = part("iqstar.rollouts.GenerateRollout")
+
+
+@pytest.mark.parametrize(
+    ("model", "said", "tag"),
+    [
+        ({"init_args": {"estimator": PRINCIPLE, "rollout": GENERATED}}, NO_LABELS, None),
+        (part("InverseQStar", estimator=ALIGNED), ALIGNED_PAIR, None),
+        (
+            part("InverseQStar", estimator=part("M", estimators=[PRINCIPLE, ALIGNED])),
+            ALIGNED_PAIR,
+            None,
+        ),
+        (
+            part(
+                "iqstar.InverseQStar",
+                estimator=PRINCIPLE,
+                rollout=part(
+                    "MixedRollout", engines=[GENERATED, part("iqstar.rollouts.DatasetRollout")]
+                ),
+            ),
+            REPLAY,
+            None,
+        ),
+        (part("mine.MyPPO", estimator=PRINCIPLE), "a method of its user's, `MyPPO`.", "iqstar"),
+        (part("iqstar.baselines.DPO"), BASELINES["DPO"], "dpo"),
+    ],
+)
+def test_card_claims_only_what_is_so(model, said, tag):
+    """Labels take part where an aligned model or a data set's preferred replies do."""
+    record = RunRecord(
+        settings={"model": model}, recipe=None, command=None, step=1, samples=4, evaluations=[]
+    )
+    card = model_card(record, PolicySpec())
+    assert said in card
+    assert (NO_LABELS in card) == (said == NO_LABELS)
+    tags = yaml.safe_load(card.split("---\n")[1])["tags"]
+    assert tags == list(dict.fromkeys(["iqstar", tag or "inverse-q-star"]))
+
+
+def test_card_compares_answers_to_the_same_prompts_only():
+    first, last = (
+        {"step": step, "metrics": {"kl": float(step)}, "judge": None, "samples": [{"prompt": "A"}]}
+        for step in (0, 3)
+    )
+    for asked, head in (("A", "|  | before | after step 3 |"), ("B", "|  | after step 3 |")):
+        record = RunRecord(
+            settings={},
+            recipe=None,
+            command=None,
+            step=3,
+            samples=4,
+            evaluations=[first, {**last, "samples": [{"prompt": asked}]}],
+        )
+        assert head in model_card(record, PolicySpec())
+
+
 @pytest.mark.parametrize("kind", ["full", "adapters"])
 def test_the_code_on_the_card_runs(kind, request, capsys):
     run = request.getfixturevalue(kind)
@@ -379,6 +444,17 @@ def test_card_of_a_run_from_python(tmp_path, tiny):
     assert "rows.jsonl" in card
     assert "Its command was not recorded." in card
     assert "All settings" not in card
+
+
+def test_settings_of_parts_within_parts(tiny):
+    """So that the card of a run from Python knows where its responses were from."""
+    mixed = MixtureRollout([GenerateRollout(), DatasetRollout()], [1.0, 1.0])
+    module = make_module(tiny, rollout=mixed)
+    engines = settings_of(module, None)["model"]["init_args"]["rollout"]["init_args"]["engines"]
+    assert [e["class_path"].rpartition(".")[2] for e in engines] == [
+        "GenerateRollout",
+        "DatasetRollout",
+    ]
 
 
 def test_default_loss_of_the_card_is_that_of_the_module(tiny):
@@ -524,6 +600,20 @@ def test_overwriting(full, adapters, tmp_path):
     export(adapters, out, "--overwrite")
     assert not list(out.glob("model*"))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_model_that_is_not_ours_is_not_replaced(adapters, tiny, tmp_path, fails):
+    """The base model's folder least of all: an adapter would then be one of itself."""
+    shutil.copytree(tiny, tmp_path / "out")
+    before = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert "holds something else than an exported model" in fails("--overwrite")
+    (tmp_path / "out" / "README.md").write_text("---\ntags:\n- iqstar\n---\nAn export of ours.")
+    config = yaml.safe_load(adapters.config.read_text())
+    config["model"]["init_args"]["policy"]["model"] = str(tmp_path / "out")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    own = ["--config", str(tmp_path / "own.yaml"), "--overwrite"]
+    assert "is the model that this one was trained from; choose another" in fails(*own)
+    assert before == sorted({p.name for p in (tmp_path / "out").iterdir()} - {"README.md"})
 
 
 def test_full_disk(full, tmp_path, fails):

@@ -19,6 +19,7 @@ from iqstar import __version__
 from iqstar.chat import STOP_STRINGS
 from iqstar.policy import PolicySpec
 from iqstar.pretrained import BUNDLED
+from iqstar.provenance import BASELINES, class_name, described_method
 
 BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_LOSS = {
@@ -36,30 +37,6 @@ METRICS = (
     ("distinct_2", "distinct-2"),
     ("eos_rate", "ended by themselves"),
 )
-INVERSE_Q_STAR = (
-    "Inverse-Q\\*",
-    "Trained with iqstar, an independent implementation of "
-    "[Inverse-Q\\*](https://arxiv.org/abs/2408.14874): the model imitates the credit that the "
-    "estimator below gives to each token of a response. No preference label, no reward model "
-    "and no value model took part.",
-)
-BASELINES = {
-    "PPO": (
-        "PPO",
-        "Trained with iqstar's PPO: the reward is the score that the judge below gave to the "
-        "model's own responses, less a price for leaving the base model; a value head took part.",
-    ),
-    "GRPO": (
-        "GRPO",
-        "Trained with iqstar's GRPO: the reward is the score that the judge below gave to the "
-        "model's own responses, compared within the responses to one prompt.",
-    ),
-    "DPO": (
-        "DPO",
-        "Trained with iqstar's DPO on pairs of replies, whose preference labels it read.",
-    ),
-}
-"""By the name of the class: the method, and what a model's card says of it."""
 PACKAGES = ("torch", "transformers", "lightning", "peft")
 LOADERS = {"transformers": "AutoModelForCausalLM", "peft": "AutoPeftModelForCausalLM"}
 USE = """\
@@ -86,7 +63,8 @@ class RunRecord:
         command: The command line of the run; None for a run from Python.
         step: Optimiser steps done.
         samples: Responses sampled in training.
-        evaluations: All that were made, oldest first, with ``step`` and ``metrics``.
+        evaluations: All that were made, oldest first, with ``step``, ``metrics``, ``samples`` and
+            ``judge``.
     """
 
     settings: Mapping[str, Any]
@@ -125,7 +103,7 @@ def settings_of(module: Any, data: Any) -> dict[str, Any]:
         module: The run's LightningModule.
         data: Its data module, if any.
     """
-    names = [name for name in ("estimator", "loss", "reward") if hasattr(module, name)]
+    names = [name for name in ("estimator", "loss", "reward", "rollout") if hasattr(module, name)]
     parts = {name: _described(getattr(module, name)) for name in names}
     policy = asdict(module.spec)
     kind = f"{type(module).__module__}.{type(module).__name__}"
@@ -141,11 +119,14 @@ def settings_of(module: Any, data: Any) -> dict[str, Any]:
 def _described(part: object) -> dict[str, Any]:
     """A part with the arguments that it was made with, where it keeps them under their names."""
     texts = getattr(part, "texts", {})  # an estimator's principles
+    texts = texts if isinstance(texts, Mapping) else {}
     arguments = {}
     for name in inspect.signature(type(part)).parameters:
         value = texts.get(name, getattr(part, name, None))
         if type(value).__module__.startswith("iqstar."):
             value = _described(value)
+        elif isinstance(value, list | tuple):
+            value = [_described(v) if hasattr(v, "__dict__") else v for v in value]
         if value is None or isinstance(value, str | int | float | list | dict):
             arguments[name] = value
     return {"class_path": f"{type(part).__module__}.{type(part).__name__}", "init_args": arguments}
@@ -162,17 +143,16 @@ def model_card(
         merged: Whether adapters were folded into the weights.
         fingerprint: SHA-256 of the base model's weights.
     """
-    kind = str(record.settings.get("model", {}).get("class_path", "")).rpartition(".")[2]
-    method, about = BASELINES.get(kind, INVERSE_Q_STAR)
-    tags = [kind.lower()] if kind in BASELINES else ["inverse-q-star"]
+    model = record.settings.get("model", {})
+    tag, method, about = described_method(model)
     adapter = spec.lora is not None and not merged
     library = "peft" if adapter else "transformers"
-    given = record.settings.get("model", {}).get("init_args", {})
+    given = model.get("init_args", {})
     base_id = _hub_id(spec.model)
     front: dict[str, Any] = {
         "library_name": library,
         "pipeline_tag": "text-generation",
-        "tags": ["iqstar", *tags, *(["lora"] if spec.lora else [])],
+        "tags": [*dict.fromkeys(["iqstar", tag]), *(["lora"] if spec.lora else [])],
     }
     if base_id:
         relation = "adapter" if adapter else "finetune"
@@ -187,7 +167,7 @@ def model_card(
     rows = [
         ("base model", _base(spec, fingerprint)),
         ("trained", _trained(spec, merged)),
-        *(rewarded if kind in BASELINES else credited),
+        *(rewarded if class_name(model) in BASELINES else credited),
         ("β", given.get("beta", "not recorded")),
         ("data", _said(record.settings.get("data"), only=DATA_KEYS)),
         ("optimiser steps", record.step),
@@ -232,6 +212,8 @@ def _measured(record: RunRecord, judge: Any, trained_on_it: bool) -> str:
         return "Nothing: the run made no evaluation."
     first, last = record.evaluations[0], record.evaluations[-1]
     sides = [s for s in (first, last) if s["step"] == 0][:1] + ([last] if last["step"] else [])
+    if len({tuple(s["prompt"] for s in side.get("samples", ())) for side in sides}) > 1:
+        sides = sides[1:]  # they cannot be compared
     names = ["before" if s["step"] == 0 else f"after step {s['step']}" for s in sides]
     rows = [
         (label, *(_number(s["metrics"][key]) for s in sides))
@@ -297,7 +279,7 @@ def _said(part: Any, only: Sequence[str] = (), leave_out: Sequence[str] = ()) ->
         for key, value in (part.get("init_args") or {}).items()
         if value is not None and key not in leave_out and (not only or key in only)
     ]
-    name = str(part.get("class_path", "")).rpartition(".")[2]
+    name = class_name(part)
     return f"{name} ({', '.join(arguments)})" if arguments else name
 
 

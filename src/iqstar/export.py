@@ -23,8 +23,9 @@ from iqstar.pretrained import quiet_transformers, resolve_model
 Dtype = Literal["float32", "bfloat16", "float16"]
 SHARD_SIZE = "5GB"
 """Largest file of weights, as transformers writes sizes."""
-CONFIGS = ("config.json", "adapter_config.json")
-"""One of them is in every exported folder."""
+CARD = "README.md"
+TAG = "\n- iqstar\n"
+"""In the front matter of the card of every exported folder."""
 
 
 def export_policy(
@@ -77,7 +78,7 @@ def export_policy(
         if template := chat.jinja():
             tokenizer.chat_template = template
         tokenizer.save_pretrained(part)
-        (part / "README.md").write_text(card, encoding="utf-8")
+        (part / CARD).write_text(card, encoding="utf-8")
     return folder
 
 
@@ -103,12 +104,19 @@ def check_shard_size(size: str, key: str) -> None:
 
 def check_replaceable(folder: Path, key: str, remedy: str) -> None:
     """Raises an InputError where an export would replace something else than an earlier one."""
-    filled = folder.is_dir() and any(folder.iterdir())
-    if filled and not any((folder / name).is_file() for name in CONFIGS):
+    if folder.is_dir() and any(folder.iterdir()) and not _is_exported(folder):
         raise InputError(
             f"{key}: {folder} holds something else than an exported model, which would be lost; "
             f"{remedy}"
         )
+
+
+def _is_exported(folder: Path) -> bool:
+    """Whether a folder is ours, and not, say, the base model's."""
+    try:
+        return TAG in (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def edit_json(file: Path, **values: Any) -> None:

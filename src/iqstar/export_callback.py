@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,7 @@ def record_of_run(module: AlignmentModule, trainer: Trainer) -> RunRecord:
         command=module.command,
         step=trainer.global_step,
         samples=module.progress.samples,
-        evaluations=[
-            {"step": e.step, "metrics": e.metrics, "judge": e.judge} for e in module.evaluations
-        ],
+        evaluations=[asdict(found) for found in module.evaluations],
     )
 
 

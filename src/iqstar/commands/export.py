@@ -26,7 +26,7 @@ from iqstar.errors import InputError
 from iqstar.export import SHARD_SIZE, Dtype, check_replaceable, check_shard_size, export_policy
 from iqstar.loading import load_whole
 from iqstar.policy import CausalLM, Policy, PolicySpec
-from iqstar.pretrained import quiet_transformers
+from iqstar.pretrained import quiet_transformers, resolve_model
 from iqstar.settings import read_yaml
 
 PREFIX = "actor.model."
@@ -55,6 +55,10 @@ def main(argv: list[str]) -> int:
     settings = _read_config(options.config) if options.config else None
     record = record_of_checkpoint(checkpoint, settings)
     spec = policy_spec(record.settings, str(options.config or ckpt))
+    if Path(resolve_model(spec.model)).resolve() == out:
+        raise InputError(
+            f"--out: {out} is the model that this one was trained from; choose another folder"
+        )
     if options.merge and spec.lora is None:
         raise InputError(
             f"--merge: {ckpt} has no adapters to fold in, all weights were trained; "
