@@ -205,6 +205,33 @@ def test_nonsense_is_no_verdict(judge, tmp_path, answer, caplog):
         assert one(judge(server.url)).verdict == "win"
 
 
+def test_a_model_without_verdicts_is_given_up_and_the_remedy_told(judge, caplog, monkeypatch):
+    """As one that thinks beyond its tokens: it answers at once, so nothing is waited for."""
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    firsts = [f"good {i}" for i in range(50)]
+    with chat_stand_in(lambda body: completion("<think>Let me see")) as server:
+        thinking = judge(server.url, backoff=1.0, retries=1, workers=1)
+        found = thinking.compare([PROMPT] * 50, firsts, ["bad"] * 50)
+    assert [c.verdict for c in found] == [None] * 50
+    assert len(server.asked) == 8 * 2
+    assert set(pauses) == {0.0}
+    assert "options.max_tokens" in caplog.text
+
+
+def test_one_verdict_among_the_first_is_hope(judge):
+    """The second question has a verdict, the others have none: all are asked for."""
+
+    def answer(body):
+        return completion("[[C]]" if "good 1." in shown(body) else "Hard to tell.")
+
+    firsts = [f"good {i}." for i in range(20)]
+    with chat_stand_in(answer) as server:
+        found = judge(server.url, retries=0, workers=1).compare([PROMPT] * 20, firsts, ["bad"] * 20)
+    assert [c.verdict for c in found] == [None, "tie", *[None] * 18]
+    assert len(server.asked) == 40
+
+
 def test_a_refused_pair_is_no_outage(judge):
     """Four of a prompt that is too long, side by side: the others are asked all the same."""
     long = Prompt(messages=(Message(role="user", content="Much too long."),))

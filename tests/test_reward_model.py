@@ -102,6 +102,26 @@ def test_two_texts(tmp_path):
     assert found == pytest.approx([wanted, math.nan], abs=1e-5, nan_ok=True)
 
 
+def test_a_conversation_that_the_template_refuses(folder, caplog):
+    """As Gemma's: a system message goes before the user's, what it cannot tell has no score."""
+    warn_once.cache_clear()
+    template = (
+        "{% for m in messages %}"
+        "{% if m.role == 'system' or m.role == 'user' and loop.index0 % 2 %}"
+        "{{ raise_exception('no') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    system = Message(role="system", content="Be brief.")
+    (hi,) = PROMPTS[0].messages
+    told = Prompt(messages=(system, hi))
+    twice = Prompt(messages=(hi, hi))
+    judge = RewardModelJudge(folder, chat_template=template)
+    scores = judge.score([told, twice, PROMPTS[0], ask("Be brief.\n\nHi")], ["Yes."] * 4)
+    assert [math.isnan(score) for score in scores] == [False, True, False, False]
+    assert scores[0] == scores[3] != scores[2]
+    assert "refuses their conversation" in caplog.text
+
+
 def test_another_template(folder, tmp_path):
     file = tmp_path / "plain.jinja"
     file.write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")

@@ -206,7 +206,7 @@ class ChatFormat:
                     "user turn instead.",
                     stacklevel=3,
                 )
-            messages = _fold_system(messages)
+            messages = fold_system(messages)
         if self.template == "hh":
             return _render_hh(messages)
         # jinja2 is a dependency of transformers' templates, and as heavy as they are.
@@ -298,7 +298,7 @@ def place_principle(messages: Sequence[Message], principle: str, placement: str)
     return out
 
 
-def _fold_system(messages: Sequence[Message]) -> list[Message]:
+def fold_system(messages: Sequence[Message]) -> list[Message]:
     """The system messages' text before the first user turn, with a blank line between."""
     system = [m.content for m in messages if m.role == "system"]
     out = [m for m in messages if m.role != "system"]

@@ -23,6 +23,14 @@ LONGEST_PAUSE = 60.0
 """Seconds; also where the endpoint asks for more."""
 OUTAGE = 3
 """Requests in a row, each with all its retries, after which the others are not tried."""
+HOPELESS = 8
+"""Answers of a working endpoint of which none is of use, after which the others are not asked for:
+a judge that is right now and then has given one by then."""
+NO_VERDICT = (
+    "it answers, but without a verdict: a model that thinks before it answers needs more "
+    "options.max_tokens, or to be told not to, by options.chat_template_kwargs with "
+    "enable_thinking false on some servers"
+)
 _AGAIN = {408, 409, 425, 429}
 _REMEDIES = {
     401: "set the environment variable {key} to a valid key",
@@ -42,14 +50,25 @@ class Outage:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._in_a_row = 0
+        self._useless: int | None = 0  # None: some answer was of use
         self._told = False
         self.final = False
 
-    def note(self, answered: bool) -> None:
-        """Counts a request that was answered, or given up."""
+    def note(self, answered: bool, useful: bool) -> None:
+        """Counts a request.
+
+        Args:
+            answered: Whether the endpoint works.
+            useful: Whether its answer is of use.
+        """
         with self._lock:
             self._in_a_row = 0 if answered else self._in_a_row + 1
-            self.final = self.final or self._in_a_row >= OUTAGE
+            if useful:
+                self._useless = None
+            elif answered and self._useless is not None:
+                self._useless += 1
+            hopeless = self._useless is not None and self._useless >= HOPELESS
+            self.final = self.final or hopeless or self._in_a_row >= OUTAGE
 
     def tell(self, text: str) -> None:
         """Warns, of the first request that failed only: the others' reasons are much the same."""
@@ -124,9 +143,9 @@ class ChatEndpoint:
             try:
                 text, answered = _text_of(self._post(body)), True
                 if accepts(text):
-                    outage.note(answered)
+                    outage.note(answered, useful=True)
                     return text
-                reason = "it answers, but without a verdict"
+                reason, pause = NO_VERDICT, 0.0  # it is not busy
             except urllib.error.HTTPError as error:
                 code, wanted = error.code, error.headers.get("Retry-After", "")
                 reason = f"status {code}: {self._detail(error)}"
@@ -146,7 +165,7 @@ class ChatEndpoint:
                 break
             if attempt < self.retries:
                 time.sleep(min(pause, LONGEST_PAUSE))
-        outage.note(answered)
+        outage.note(answered, useful=False)
         outage.tell(
             f"The pairwise judge at {self.url} gave no verdict ({self._hidden(reason)}); such "
             "pairs are counted as missing"
@@ -193,5 +212,7 @@ def _text_of(content: bytes) -> str:
     except (ValueError, LookupError, TypeError) as error:
         raise _NonsenseError("its answer is not that of a chat completion") from error
     if not isinstance(text, str):
-        raise _NonsenseError("its answer has no text")
+        raise _NonsenseError(
+            "its answer has no text; if the model thinks first, raise options.max_tokens"
+        )
     return text

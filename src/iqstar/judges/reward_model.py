@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +14,10 @@ from typing import Any, Literal
 import torch
 import transformers
 
+from iqstar.chat import fold_system
 from iqstar.errors import InputError
 from iqstar.judges.base import Judge, check_pairs, warn_once
-from iqstar.mdp import Prompt
+from iqstar.mdp import Message, Prompt
 from iqstar.pretrained import load_tokenizer, loading, resolve_model
 from iqstar.templates import jinja_text
 
@@ -97,8 +99,9 @@ class RewardModelJudge(Judge):
         fitting = [(i, row) for i, row in enumerate(rows) if row is not None]
         if len(fitting) < len(rows):
             warn_once(
-                f"The judge {self.name} cannot read some responses: they are longer than "
-                f"{self.max_length} tokens with the end of their turn, and are not cut"
+                f"The judge {self.name} gives some responses no score: they are longer than "
+                f"{self.max_length} tokens with the end of their turn, and are not cut, or its "
+                "chat template refuses their conversation"
             )
         fitting.sort(key=lambda item: len(item[1]["input_ids"]))  # rows of like length together
         scores = [math.nan] * len(rows)
@@ -146,14 +149,12 @@ class RewardModelJudge(Judge):
     # -- from a conversation to ids ----------------------------------------------------------
 
     def _encode(self, prompt: Prompt, response: str) -> Row | None:
-        """What the model reads; None where the response alone is too long for it."""
+        """What the model reads; None where it can read nothing, or the response is too long."""
         if self._template == PAIR:
             return self._encode_pair("\n\n".join(m.content for m in prompt.messages), response)
-        text: str = self.tokenizer.apply_chat_template(
-            [*prompt.turns, {"role": "assistant", "content": response}],
-            chat_template=self._template,
-            tokenize=False,
-        )
+        text = self._render([*prompt.messages, Message(role="assistant", content=response)])
+        if text is None:
+            return None
         ids = self._ids(text)
         if len(ids) > self.max_length:
             bos = self.tokenizer.bos_token_id
@@ -163,6 +164,21 @@ class RewardModelJudge(Judge):
                 return None
             ids = head + ids[len(ids) - int(self.max_length) + len(head) :]
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+    def _render(self, messages: Sequence[Message]) -> str | None:
+        """A conversation, its system message in the first user turn where it may have none."""
+        from jinja2 import TemplateError
+
+        for turns in (messages, fold_system(messages)):
+            with suppress(TemplateError):
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        [{"role": m.role, "content": m.content} for m in turns],
+                        chat_template=self._template,
+                        tokenize=False,
+                    )
+                )
+        return None
 
     def _encode_pair(self, prompt: str, response: str) -> Row | None:
         added = self.tokenizer.num_special_tokens_to_add(pair=True)
