@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,38 +25,43 @@ PRELOADED = [
 ]
 
 
-def forked(*arguments: str, before: Callable[[], Any] = int) -> tuple[int, str]:
-    """Exit code and output of an ``iqstar`` command in a process of its own.
+class Forked:
+    """A function in a process of its own, under this one's environment.
 
     Args:
-        arguments: Of the command.
-        before: Called in the process first; a function of a module.
+        work: The function, of a module; the process exits with what it returns.
+        arguments: Of the function.
+        log: File that its output is added to.
+
+    Attributes:
+        process: The process.
     """
-    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as log:
-        process = _started(log.name, arguments, before)
-        process.join(120)
-        process.kill()
-        process.join()
-        return int(process.exitcode or 0), log.read()
+
+    def __init__(self, work: Callable[..., int], *arguments: Any, log: Path) -> None:
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        self.log = log
+        self.process = multiprocessing.get_context("forkserver").Process(
+            target=_work, args=(work, arguments, str(log), dict(os.environ), os.getcwd())
+        )
+        self.process.start()
+
+    def end(self, timeout: float = 120) -> tuple[int, str]:
+        """Exit code and output."""
+        self.process.join(timeout)
+        self.process.kill()
+        self.process.join()
+        return int(self.process.exitcode or 0), self.log.read_text(encoding="utf-8")
 
 
-def _started(
-    log: str, arguments: tuple[str, ...], before: Callable[[], Any]
-) -> multiprocessing.process.BaseProcess:
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    process = multiprocessing.get_context("forkserver").Process(
-        target=_command, args=(log, arguments, before, dict(os.environ))
-    )
-    process.start()
-    return process
-
-
-def _command(
-    log: str, arguments: tuple[str, ...], before: Callable[[], Any], environment: dict[str, str]
+def _work(
+    work: Callable[..., int],
+    arguments: tuple[Any, ...],
+    log: str,
+    environment: dict[str, str],
+    folder: str,
 ) -> None:
-    from iqstar.cli import main
-
     torch.set_num_threads(1)  # as in all tests (conftest.py)
+    os.chdir(folder)
     os.environ.clear()  # that of the server is as old as the first test that needed it
     os.environ.update(environment)
     for name in [n for n in os.environ if n.startswith(("MASTER_", "PL_"))]:
@@ -64,11 +69,23 @@ def _command(
     with open(log, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    before()
-    code = main(list(arguments))
+    try:
+        code = work(*arguments)
+    except SystemExit as left:
+        code = int(left.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def iqstar(*arguments: str) -> int:
+    """The command, for :class:`Forked`."""
+    from iqstar.cli import main
+
+    return main(list(arguments))
 
 
 class ForkedRun(subprocess.Popen):
@@ -76,7 +93,7 @@ class ForkedRun(subprocess.Popen):
 
     def __init__(self, line: list[str], stdout: Any, stderr: Any) -> None:
         assert line[:3] == [sys.executable, "-m", "iqstar.cli"]
-        self._process = _started(stdout.name, tuple(line[3:]), int)
+        self._process = Forked(iqstar, *line[3:], log=Path(stdout.name)).process
         self.terminate, self.kill = self._process.terminate, self._process.kill
 
     def wait(self, timeout: float | None = None) -> int:

@@ -7,11 +7,11 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,14 +32,17 @@ from iqstar.compare.curves import (
 )
 from iqstar.compare.kept import check_same, keep
 from iqstar.compare.page import against, claims
-from iqstar.compare.plan import Family, main_runs, merged, read_comparison, sweep_runs
-from iqstar.compare.runner import execute, settings_of
+from iqstar.compare.pairs import write_pairs
+from iqstar.compare.plan import Family, main_runs, merged, sweep_runs
+from iqstar.compare.reading import read_comparison
+from iqstar.compare.runner import ended_by_sigterm, execute, settings_of
 from iqstar.compare.setting import NO_ESTIMATOR, build, check
 from iqstar.errors import InputError
 from iqstar.summary import write_json
-from processes import ForkedRun
+from processes import Forked, ForkedRun
 
 NAN = math.nan
+RATE = {"model": {"init_args": {"optimizer": {"init_args": {"lr": 1e-5}}}}}
 CONFIG = Path(__file__).parents[1] / "configs" / "compare.yaml"
 
 
@@ -124,6 +127,21 @@ def test_a_run_that_was_never_better_than_at_its_start_is_no_mark():
     assert row.endswith("| 1 of 1 |")
 
 
+def test_a_family_whose_runs_all_failed_has_no_rate(tmp_path):
+    """Its methods would be trained at one that has just diverged."""
+    whole = read_comparison(CONFIG)
+    for run in sweep_runs(whole):
+        (tmp_path / run.name).mkdir()
+        score = math.nan if run.method.family == "ppo" else 0.5
+        point = {"step": 10, "sampled": 160, "seconds": 1.0, "metrics": {"judge": score}}
+        evaluations = [] if math.isnan(score) else [point]
+        write_json(tmp_path / run.name / "summary.json", {"evaluations": evaluations})
+    found = choices(whole, tmp_path)
+    assert whole.families.keys() - found.keys() == {"ppo"}
+    rates = {name: choice.rate for name, choice in found.items()}
+    assert "ppo" not in {run.method.family for run in main_runs(whole, rates)}
+
+
 # -- the YAML ------------------------------------------------------------------------------------
 
 
@@ -166,6 +184,11 @@ def test_settings_of_a_run_hold_its_rate_seed_and_budget(tmp_path):
     seven = settings_of(replace(runs["grpo"], evaluations=7), whole, tmp_path, tmp_path / "p")
     assert seven["trainer"]["val_check_interval"] == 12  # and one at the end: never more than 7
     dpo = settings_of(runs["dpo"], whole, tmp_path, tmp_path / "pairs.jsonl")
+    assert "subset" not in dpo["data"]["init_args"]
+    of_the_hub = merged(whole.common, {"data": {"init_args": {"subset": "harmless-base"}}})
+    hub = replace(whole, common=of_the_hub)
+    read = settings_of(runs["dpo"], hub, tmp_path, tmp_path / "pairs.jsonl")["data"]["init_args"]
+    assert read["subset"] is None  # a file has none
     assert dpo["data"]["class_path"] == "iqstar.data.JSONLPairs"
     assert dpo["data"]["init_args"]["path"].endswith("pairs.jsonl")
 
@@ -199,6 +222,14 @@ def test_merging_goes_level_by_level():
         ({"budget": {"sweep_sed": 3}}, r"budget: unknown key sweep_sed"),
         ({"families": {"ppo": {"rate": [1e-5]}}}, r"families\.ppo: unknown key rate; known: rates"),
         ({"tables": {}}, "unknown key tables"),
+        (
+            {"methods": {"ppo": {"settings": RATE}}},
+            r"optimizer\.init_args\.lr: the learning rates are families\.ppo\.rates; take it out",
+        ),
+        (
+            {"methods": {"ppo": {"settings": {"model": {"init_args": {"optimizer": "SGD"}}}}}},
+            r"methods\.ppo\.settings\.model\.init_args\.optimizer: write it as a mapping",
+        ),
     ],
 )
 def test_bad_yaml_names_the_key(tmp_path, change, message):
@@ -260,26 +291,26 @@ def test_a_run_is_asked_to_save_itself_when_the_time_is_over(tmp_path):
     assert len(said) == 1  # nothing was started
 
 
+def endless(folder: Path) -> int:
+    """A comparison of one run, which tells its process and then does nothing for a minute."""
+    child = f"import time, os, pathlib; pathlib.Path({str(folder / 'child')!r})"
+    child += ".write_text(str(os.getpid())); time.sleep(60)"
+    (folder / "one").mkdir()
+    with ended_by_sigterm():
+        line = [sys.executable, "-c", child]
+        execute([SimpleNamespace(name="one")], lambda _: line, folder, None, print)
+    return 0
+
+
 def test_a_comparison_that_is_terminated_ends_its_run(tmp_path):
     """It must not go on without us: the next call would start another one in its folder."""
-    child = "import time, os, pathlib; pathlib.Path('child').write_text(str(os.getpid()))\n"
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from types import SimpleNamespace\n"
-        "from iqstar.compare.runner import ended_by_sigterm, execute\n"
-        "Path('one').mkdir()\n"
-        f"line = [sys.executable, '-c', {child + 'time.sleep(60)'!r}]\n"
-        "with ended_by_sigterm():\n"
-        "    execute([SimpleNamespace(name='one')], lambda _: line, Path(), None, print)\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    parent = Forked(endless, tmp_path, log=tmp_path / "log")
     until = time.monotonic() + 60
     while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text():
         assert time.monotonic() < until
         time.sleep(0.05)
-    parent.terminate()
-    assert parent.wait(60) == 143
+    parent.process.terminate()
+    assert parent.end(60)[0] == 143
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "child").read_text()), 0)
 
@@ -418,18 +449,29 @@ def test_a_judge_that_does_not_say_what_is_better_is_refused(tiny, tmp_path):
         build(common, 0, tmp_path / "common.yaml")
     with pytest.raises(InputError, match=r"judge: a higher score of RefusalJudge is not better"):
         check(merged(common, NO_ESTIMATOR), tmp_path / "check.yaml")
+    del common["model"]["init_args"]["judge"]
+    with pytest.raises(InputError, match=r"judge: methods are compared by it; set one"):
+        check(merged(common, NO_ESTIMATOR), tmp_path / "check.yaml")
+
+
+def test_too_few_prompts_for_the_pairs(tiny, tmp_path):
+    """A prompt of several pairs would be read once, and the budget not be what the table says."""
+    common = yaml.safe_load(small(tmp_path, tiny, contrastive={}).read_text())["common"]
+    common = merged(common, {"data": {"init_args": {"limit": 8}}})
+    setting = build(common, 0, tmp_path / "common.yaml")
+    with pytest.raises(InputError, match=r"common\.data: 8 prompts are too few for pairs of 20"):
+        write_pairs(setting, 20, tmp_path / "pairs.jsonl")
 
 
 def test_a_small_comparison_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     """DPO on pairs of its own, and a control; a second call makes nothing again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    real = subprocess.Popen
     started: list[Any] = []
 
     def start(line: list[str], **streams: Any) -> Any:
-        """The first run is a process as a user's is, the others are forked."""
-        started.append((ForkedRun if started else real)(line, **streams))
+        """Forked; a process as a user's is has test_runs_are_made_in_order."""
+        started.append(ForkedRun(line, **streams))
         return started[-1]
 
     monkeypatch.setattr("iqstar.compare.runner.subprocess.Popen", start)

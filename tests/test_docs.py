@@ -20,7 +20,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 import iqstar
 from iqstar.cli import OTHERS, TRAINING, main
 from iqstar.commands import audit, compare, export, harm_judge
-from iqstar.compare.plan import read_comparison
+from iqstar.compare.reading import read_comparison
 from iqstar.data import Sample
 from iqstar.estimators import ContrastiveEstimator
 from iqstar.judges import VaderJudge

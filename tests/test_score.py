@@ -33,6 +33,7 @@ from iqstar.cli import main
 from iqstar.commands.score import score
 from iqstar.credit import PrefixWeight, TopTokens, Whiten
 from iqstar.credit_file import CreditFile, write_credits
+from iqstar.data import JSONL
 from iqstar.errors import InputError
 from iqstar.estimators import PlaceboEstimator, PrincipleEstimator, ShuffledEstimator
 from iqstar.losses import DistributionImitationLoss, RewardImitationLoss, TokenPolicyGradientLoss
@@ -472,6 +473,21 @@ def test_limit_is_that_of_the_data(tmp_path, config, capsys):
     message = error_of(capsys, "fit", "--config", scored, "--trainer.max_steps", "5")
     assert "has no credits for the prompt" in message
     assert "data.limit" in message
+
+
+def test_beyond_the_limit_no_response_is_needed(tmp_path, config, capsys):
+    """As ``data.limit`` trains without it."""
+    source, path = tmp_path / "rows.jsonl", tmp_path / "credits.parquet"
+    data = JSONL(path=str(source), val_prompts=3)
+    data.setup("fit")
+    last = data.train_prompts[-1].messages[0].content
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    kept = [{"prompt": r["prompt"]} if r["prompt"] == last else r for r in rows]
+    source.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    command = ["score", "--config", str(write_config(tmp_path, config)), "--output", str(path)]
+    assert "1 of 17 prompts have no response" in error_of(capsys, *command)
+    assert main([*command, "--limit", "16"]) == 0
+    assert len(CreditFile(path)) == 16
 
 
 @pytest.mark.parametrize(

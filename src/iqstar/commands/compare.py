@@ -23,9 +23,9 @@ from iqstar.compare.plan import (
     Method,
     Run,
     main_runs,
-    read_comparison,
     sweep_runs,
 )
+from iqstar.compare.reading import read_comparison
 from iqstar.compare.runner import (
     command_of,
     description_of,
@@ -134,6 +134,8 @@ def make(comparison: Comparison, output: Path, deadline: float | None) -> bool:
     if not execute(sweeps, command, output, deadline, _say):
         return False
     rates = {name: found.rate for name, found in results.choices(comparison, output).items()}
+    for name in sorted(comparison.families.keys() - rates.keys()):
+        _say(f"families.{name}: no run of its sweep ended with a score, its methods are left out")
     return execute(remaining(main_runs(comparison, rates)), command, output, deadline, _say)
 
 

@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
                 "model.refresh: credit that follows the policy cannot be written once; set it to "
                 "null, or use DatasetRollout with it"
             )
-        prompts = training_prompts(cli)[:limit]
+        prompts = training_prompts(cli, limit)
         about = {
             "version": __version__,
             "model": module.spec.model,
@@ -98,13 +98,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def training_prompts(cli: ScoreCLI) -> tuple[Prompt, ...]:
+def training_prompts(cli: ScoreCLI, limit: int | None) -> tuple[Prompt, ...]:
     """What ``iqstar fit`` would train on, in the data module's own order.
+
+    Args:
+        cli: The command's settings.
+        limit: How many at most, as ``data.limit``.
 
     Raises:
         InputError: If one has no response.
     """
-    prompts = cli.read_data("fit").train_prompts
+    prompts = cli.read_data("fit").train_prompts[:limit]
     without = [prompt for prompt in prompts if not prompt.response]
     if without:
         raise InputError(

@@ -94,7 +94,7 @@ def choose(family: Family, scores: Mapping[float, float]) -> Choice:
 
 
 def choices(comparison: Comparison, folder: Path) -> dict[str, Choice]:
-    """The choice of every family that has one rate, or whose sweep is complete."""
+    """The choice of every family that has one rate, or whose sweep is complete and has a score."""
     found: dict[str, dict[float, float]] = {}
     for run in sweep_runs(comparison):
         if (curve := read_curve(folder / run.name)) is not None:
@@ -103,8 +103,13 @@ def choices(comparison: Comparison, folder: Path) -> dict[str, Choice]:
     return {
         name: choose(family, found.get(name, {}))
         for name, family in comparison.families.items()
-        if not family.swept or len(found.get(name, {})) == len(set(family.rates))
+        if not family.swept or _is_known(family, found.get(name, {}))
     }
+
+
+def _is_known(family: Family, scores: Mapping[float, float]) -> bool:
+    """Whether all rates were tried, and not all of them failed."""
+    return len(scores) == len(set(family.rates)) and not all(map(math.isnan, scores.values()))
 
 
 def finished(comparison: Comparison, folder: Path) -> dict[str, dict[int, Curve]]:

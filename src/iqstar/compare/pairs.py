@@ -39,12 +39,17 @@ def write_pairs(setting: Setting, responses: int, path: Path) -> tuple[int, int]
         Number of pairs that are written, and of those that are left out.
 
     Raises:
-        InputError: If there is no judge, or no pair is left.
+        InputError: If the prompts do not suffice, or no pair is left.
     """
     module, trainer = setting.module, setting.trainer
-    if module.judge is None:
-        raise InputError("common.model.init_args.judge: DPO's pairs are ordered by it; set one")
+    assert module.judge is not None
     prompts = setting.prompts(responses // 2)
+    if (known := len({prompt.messages for prompt in prompts})) < len(prompts):
+        raise InputError(
+            f"common.data: {known} prompts are too few for pairs of {responses} responses, two to "
+            "a prompt; give more prompts, or lower budget.run or the responses of the methods with "
+            "pairs"
+        )
     precision, plugin = str(trainer.precision), trainer.precision_plugin
     with plugin.module_init_context():
         policy = load_reference(module.spec, module.chat, precision)

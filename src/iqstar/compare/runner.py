@@ -46,11 +46,16 @@ def settings_of(run: Run, comparison: Comparison, folder: Path, pairs: Path) -> 
             },
         },
     }
-    settings = merged(_with_rate(comparison.common, run), run.method.settings)
+    settings = _with_rate(merged(comparison.common, run.method.settings), run)
     batches = settings.get("trainer", {}).get("accumulate_grad_batches", 1)  # of a step
     own["trainer"]["val_check_interval"] = batches * math.ceil(steps / run.evaluations)
     if run.method.pairs:
-        files = {"path": str(pairs), "heldout_path": str(pairs.with_name(HELDOUT))}
+        files: dict[str, Any] = {
+            "path": str(pairs),
+            "heldout_path": str(pairs.with_name(HELDOUT)),
+        }
+        if "subset" in settings.get("data", {}).get("init_args", {}):
+            files["subset"] = None  # of the data set that the prompts are from
         settings = merged(settings, {"data": {"init_args": files}})
     return merged(settings, own)
 
@@ -78,8 +83,9 @@ def command_of(run: Run, folder: Path) -> list[str]:
     return [sys.executable, "-m", "iqstar.cli", "fit", "--config", file, "--ckpt_path", "last"]
 
 
-def _with_rate(common: Mapping[str, Any], run: Run) -> dict[str, Any]:
-    return merged(common, {"model": {"init_args": {"optimizer": {"init_args": {"lr": run.rate}}}}})
+def _with_rate(settings: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    optimizer = {"init_args": {"lr": run.rate}}
+    return merged(settings, {"model": {"init_args": {"optimizer": optimizer}}})
 
 
 def execute(

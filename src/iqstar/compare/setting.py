@@ -61,7 +61,7 @@ def check(settings: Mapping[str, Any], file: Path) -> None:
         file: Where they may be written, for the parser to read.
 
     Raises:
-        InputError: If they are wrong, or their judge does not say what is better.
+        InputError: If they are wrong, or no judge says what is better.
     """
     file.write_text(yaml.safe_dump(dict(settings), sort_keys=False), encoding="utf-8")
     _read(file)
@@ -74,7 +74,9 @@ def _read(file: Path) -> _CommonCLI:
             args=arguments, run=False, parser_kwargs={"exit_on_error": False}, **CLI_OPTIONS
         )
     judge = cli.model.judge
-    if judge is not None and not judge.higher_is_better:
+    if judge is None:
+        raise InputError("common.model.init_args.judge: methods are compared by it; set one")
+    if not judge.higher_is_better:
         raise InputError(
             f"common.model.init_args.judge: a higher score of {type(judge).__name__} is not "
             "better, but methods are compared by it; choose another judge"
@@ -97,8 +99,7 @@ def build(common: Mapping[str, Any], seed: int, file: Path) -> Setting:
         file: Where the settings may be written, for the parser to read.
 
     Raises:
-        InputError: If they are wrong, their judge does not say what is better, or the data cannot
-            be read.
+        InputError: If they are wrong, no judge says what is better, or the data cannot be read.
     """
     settings = merged(merged(NO_ESTIMATOR, common), {"seed_everything": seed})
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
