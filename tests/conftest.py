@@ -12,26 +12,32 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import jaxtyping
 import pytest
-import torch
 
-torch.set_num_threads(1)  # tiny tensors: threads only cost
+# Annotations such as Float[Tensor, "batch time"] are checked at every call (style.md, habit 8).
+# Modules without any are left to mypy: checked too, they take a third of all tests' time.
+SOURCE = Path(__file__).parents[1] / "src"
+SHAPED = [file for file in SOURCE.rglob("*.py") if "from jaxtyping" in file.read_text("utf-8")]
+jaxtyping.install_import_hook(
+    [".".join(file.relative_to(SOURCE).with_suffix("").parts) for file in SHAPED],
+    "beartype.beartype",
+)
+
+# What needs PyTorch is imported late: xdist's own process, which runs no test, does without.
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """As in the processes that tests start: some processors' sums depend on the threads."""
+    """Tiny tensors: threads only cost, and some processors' sums depend on their number."""
+    import torch
+
     torch.set_num_threads(1)
-
-
-# Annotations such as Float[Tensor, "batch time"] are checked at every call (style.md, habit 8).
-jaxtyping.install_import_hook("iqstar", "beartype.beartype")
-
-from tiny import tiny_folder  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random chat model, pad = EOS; read only."""
+    from tiny import tiny_folder
+
     return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 

@@ -1,7 +1,4 @@
-"""Runs ``iqstar fit`` in forked children and kills them at random moments; see test_crashes.py.
-
-Usage: python killed.py FOLDER KILLS. Prints JSON: what was found after every kill.
-"""
+"""Runs ``iqstar fit`` in forked children and kills them at random moments; see test_crashes.py."""
 
 from __future__ import annotations
 
@@ -9,11 +6,9 @@ import json
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
-from iqstar import training_cli  # noqa: F401  # imported once, for all children
 from iqstar.checkpoints import newest_checkpoint, read_checkpoint
 from iqstar.cli import main
 
@@ -36,8 +31,11 @@ def step_of(folder: Path) -> int:
     return 0 if newest is None else int(read_checkpoint(newest)["global_step"])
 
 
-def killed_at_random(folder: Path, kills: int) -> dict[str, list[int]]:
-    """Kills so many children, a random time after they have begun to train; the last one ends."""
+def killed_at_random(folder: Path, kills: int) -> int:
+    """Kills so many children, a random time after they have begun to train; the last one ends.
+
+    What was found after every kill is in ``found.json`` then.
+    """
     draw = random.Random(0)
     steps, halves = [0], []
     for _ in range(kills):
@@ -51,13 +49,11 @@ def killed_at_random(folder: Path, kills: int) -> dict[str, list[int]]:
         steps.append(step_of(folder))
         halves.append(len(list(folder.rglob("*.part"))))
     _, status = os.waitpid(start(folder, "--ckpt_path", "last"), 0)
-    return {
+    found = {
         "steps": steps,
         "half_written": halves,
         "end": [step_of(folder)],
         "status": [os.waitstatus_to_exitcode(status)],
     }
-
-
-if __name__ == "__main__":
-    print(json.dumps(killed_at_random(Path(sys.argv[1]), int(sys.argv[2]))))
+    (folder / "found.json").write_text(json.dumps(found))
+    return 0

@@ -1,7 +1,7 @@
 """``iqstar audit``: golden counts on the real files, and its messages."""
 
+import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 from iqstar.commands.audit import main
 from iqstar.data.hh_rlhf import audit_pairs
 from iqstar.errors import InputError
+from processes import Forked
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 HH = DATA / "hh_rlhf" / "harmless-base_test_a.jsonl.gz"
@@ -185,6 +186,10 @@ def test_the_data_of_a_runs_config(tmp_path, capsys, monkeypatch):
         main(["--config", str(config)])
 
 
-def test_importing_the_data_modules_does_not_import_datasets():
-    code = "import sys, iqstar.commands.audit; sys.exit('datasets' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def imports_datasets() -> int:
+    importlib.import_module("iqstar.commands.audit")
+    return "datasets" in sys.modules
+
+
+def test_importing_the_data_modules_does_not_import_datasets(tmp_path):
+    assert Forked(imports_datasets, log=tmp_path / "log").end() == (0, "")

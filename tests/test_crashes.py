@@ -24,9 +24,8 @@ from iqstar.checkpoints import (
 )
 from iqstar.cli import main
 from iqstar.errors import InputError, PreemptedError
-from processes import forked, two_processes
-
-TESTS = Path(__file__).parent
+from killed import killed_at_random
+from processes import Forked, iqstar, two_processes
 
 
 def configure(folder: Path, model: Path, **settings) -> Path:
@@ -53,9 +52,9 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(tmp_path, tiny, kills):
     killed.mkdir()
     calm.mkdir()
     configure(killed, tiny, **settings)
-    code, output = end(launch(str(TESTS / "killed.py"), str(killed), str(kills)), 600)
+    code, output = Forked(killed_at_random, killed, kills, log=tmp_path / "log").end(600)
     assert code == 0, output
-    found = json.loads(output.splitlines()[-1])
+    found = json.loads((killed / "found.json").read_text())
     assert found["steps"] == sorted(found["steps"])
     assert len(set(found["steps"])) == kills + 1  # every child got further than the one before
     assert found["status"] == [0]
@@ -149,7 +148,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, tiny):
     assert main(["fit", "--config", config]) == 0
     before = newest_checkpoint(tmp_path)
     options = ["--ckpt_path", "last", "--trainer.max_steps", "5"]
-    code, output = forked("fit", "--config", config, *options, before=no_large_files)
+    run = Forked(without_large_files, "fit", "--config", config, *options, log=tmp_path / "log")
+    code, output = run.end()
     assert code == 2, output
     assert "checkpoint: cannot write" in output
     assert "checkpoints saved before are untouched" in output
@@ -157,10 +157,11 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, tiny):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000  # not of this process
 
 
-def no_large_files() -> None:
-    """Writing beyond 100 kB fails from now on."""
+def without_large_files(*arguments: str) -> int:
+    """The command, where writing beyond 100 kB fails."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    return iqstar(*arguments)
 
 
 def test_a_run_stopped_after_its_last_step_is_finished_by_the_next(tmp_path, tiny):
@@ -202,7 +203,8 @@ def stop(folder: Path, model: Path, settings: dict, when: dict, *more: str) -> N
     """A run that is told to stop at some moment, and does."""
     told = {"class_path": "dying.Stopped", "init_args": when}
     config = configure(folder, model, **settings, trainer__callbacks=[told])
-    code, output = forked("fit", "--config", str(config), *more)
+    log = folder / "log"
+    code, output = Forked(iqstar, "fit", "--config", str(config), *more, log=log).end()
     assert code == 143, output
 
 
@@ -253,7 +255,7 @@ def test_a_stop_in_an_evaluation_that_is_made_up_keeps_the_rollout(tmp_path, tin
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_first(tmp_path, tiny, name):
+def test_a_signal_saves_first(tmp_path, tiny, name, monkeypatch):
     """In a SLURM job, after its warning, the job is queued again."""
     config = str(configure(tmp_path, tiny, checkpoint={"every_n_train_steps": 10_000}))
     script = tmp_path / "bin" / "scontrol"
@@ -270,11 +272,13 @@ def test_a_signal_saves_first(tmp_path, tiny, name):
         "SLURM_NODELIST": "localhost",
         "PATH": f"{script.parent}:{os.environ['PATH']}",
     }
-    run = ["-m", "iqstar.cli", "fit", "--config", config, "--trainer.max_steps", "100000"]
-    process = launch(*run, **slurm)
+    for variable, value in slurm.items():
+        monkeypatch.setenv(variable, value)
+    arguments = ["fit", "--config", config, "--trainer.max_steps", "100000"]
+    run = Forked(iqstar, *arguments, log=tmp_path / "log")
     wait_for_steps(tmp_path / "runs")
-    process.send_signal(getattr(signal, name))
-    code, output = end(process)
+    os.kill(run.process.pid, getattr(signal, name))
+    code, output = run.end()
     assert code == 143, output
     assert f"iqstar: stopped by {name} after optimiser step" in output
     saved = newest_checkpoint(tmp_path)
@@ -286,7 +290,7 @@ def test_a_signal_saves_first(tmp_path, tiny, name):
         assert asked.read_text() == "requeue 77\n"
 
 
-def wait_for_steps(runs: Path, size: int = 10_000) -> None:
+def wait_for_steps(runs: Path, size: int = 4_000) -> None:
     """Until the log of curves has grown by some steps."""
     for _ in range(600):
         if sum(f.stat().st_size for f in runs.rglob("events*")) > size:

@@ -197,6 +197,7 @@ def test_folds_are_by_prompt():
     assert sum(cross_validate(rows)) / 5 < 0.7  # 1 if a prompt were on both sides
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BEAVER.exists(), reason=f"the real data is not at {DATA}")
 def test_quality_on_beavertails(tmp_path, capsys):
     pytest.importorskip("sklearn")

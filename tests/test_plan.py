@@ -57,6 +57,12 @@ def trace(
 # ---- what is counted
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """The run without options."""
+    return trace()
+
+
 def test_live_bytes_and_their_peak():
     weight = torch.zeros(100)
     with Trace([weight]) as traced:
@@ -92,9 +98,8 @@ def test_fake_tensors_take_what_real_ones_do():
         )
 
 
-def test_weights_are_those_of_the_model():
-    model = tiny_model()
-    found = trace()
+def test_weights_are_those_of_the_model(plain):
+    model, found = tiny_model(), plain
     weights = sum(p.numel() for p in model.parameters())
     assert (found.parameters, found.trained) == (weights, weights)
     assert found.policy.total == found.gradients.total == 4 * weights
@@ -106,7 +111,7 @@ def test_weights_are_those_of_the_model():
     assert found.states == 2 * 4 * weights + 4 * len(list(model.parameters()))  # and a step each
 
 
-def test_bf16_halves_the_references_matrices_only():
+def test_bf16_halves_the_references_matrices_only(plain):
     found = trace(precision="bf16-mixed")
     linear = [m for m in tiny_model().model.modules() if isinstance(m, torch.nn.Linear)]
     matrices = sum(m.weight.numel() for m in linear)  # the tied head is not among them
@@ -114,7 +119,7 @@ def test_bf16_halves_the_references_matrices_only():
     assert found.casts == 2 * matrices
     assert found.head_casts == 2 * tiny_model().lm_head.weight.numel()
     assert found.packed == 0
-    assert trace().packed == 2 * (found.casts + found.head_casts)  # float32 is packed as it is
+    assert plain.packed == 2 * (found.casts + found.head_casts)  # float32 is packed as it is
 
 
 def test_a_reference_that_moves_is_held_in_full_and_twice_where_roles_part():
@@ -166,37 +171,35 @@ def test_flops_by_hand():
     assert found.flops["scoring"] == windows * (forward + 2 * head)
 
 
-def test_contrast_scores_three_times_and_longer():
-    null = trace()
+def test_contrast_scores_three_times_and_longer(plain):
     told = trace(
         estimator=ContrastiveEstimator(principle="Be kind. " * 9, antiprinciple="Be rude.")
     )
-    assert told.flops["scoring"] > 3 * null.flops["scoring"]
-    assert told.stored == 3 * null.stored == 3 * 8 * 4 * 32 * 4  # rows, tokens, size, bytes
+    assert told.flops["scoring"] > 3 * plain.flops["scoring"]
+    assert told.stored == 3 * plain.stored == 3 * 8 * 4 * 32 * 4  # rows, tokens, size, bytes
 
 
-def test_checkpointing_trades_flops_for_activations():
-    plain, less = trace(), trace(gradient_checkpointing=True)
+def test_checkpointing_trades_flops_for_activations(plain):
+    less = trace(gradient_checkpointing=True)
     assert less.activations < plain.activations / 2
     assert less.flops["update"] > 1.2 * plain.flops["update"]
     assert less.gradients == plain.gradients
 
 
-def test_the_head_of_a_gpu_takes_its_own_chunks():
+def test_the_head_of_a_gpu_takes_its_own_chunks(plain):
     """16 tokens: a CPU's losses see 2 of them at a time, a GPU's all."""
     tokens, float32 = WORK.micro_rows * WORK.new_tokens, 4
     logits = tokens * tiny_model().config.vocab_size * float32
-    assert logits < trace().loss < trace(device="cuda").loss
+    assert logits < plain.loss < trace(device="cuda").loss
 
 
-def test_more_rows_and_longer_prompts_take_more():
-    base = trace()
+def test_more_rows_and_longer_prompts_take_more(plain):
     more = trace(replace(WORK, micro_rows=8, generated_rows=16))
-    assert more.activations == pytest.approx(2 * base.activations, rel=0.02)
-    assert more.rollout.cache == pytest.approx(2 * base.rollout.cache, rel=0.02)
+    assert more.activations == pytest.approx(2 * plain.activations, rel=0.02)
+    assert more.rollout.cache == pytest.approx(2 * plain.rollout.cache, rel=0.02)
     longer = trace(replace(WORK, prompt_tokens=28))
-    assert longer.activations > 1.8 * base.activations
-    assert longer.rollout.cache == pytest.approx(2 * base.rollout.cache, rel=0.15)
+    assert longer.activations > 1.8 * plain.activations
+    assert longer.rollout.cache == pytest.approx(2 * plain.rollout.cache, rel=0.15)
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["decode", "generate"])

@@ -39,6 +39,8 @@ STRATEGIES = {
         process_group_backend="gloo", save_distributed_checkpoint=False
     ),
 }
+LOADING = ("ddp", "fsdp")
+"""Those that differ in how they load one file."""
 
 
 def run(folder, lora=None, world=1, steps=STEPS, strategy=None, callbacks=(), **options):
@@ -48,6 +50,7 @@ def run(folder, lora=None, world=1, steps=STEPS, strategy=None, callbacks=(), **
     module = make_module(
         folder,
         spec={"lora": lora},
+        rollout=GenerateRollout(max_new_tokens=3),
         loss=TokenPolicyGradientLoss(),  # needs the log-probs of the weights that sampled
         schedule=WarmupCosine(),
         micro_batch_size=2 // world,
@@ -115,14 +118,15 @@ def work(rank: int, folder: str, alone: str, out: str):
         for name in STRATEGIES:
             path = Path(out, f"{kind}, {name}.ckpt")
             runs[kind, name] = both(folder, path, lora=lora, world=2, strategy=name)
-            runs[kind, name, "from one process"] = run(
-                folder,
-                lora=lora,
-                world=2,
-                steps=STOP + 1,
-                strategy=name,
-                ckpt_path=Path(alone, f"{kind}.ckpt"),
-            )
+            if name in LOADING:
+                runs[kind, name, "from one process"] = run(
+                    folder,
+                    lora=lora,
+                    world=2,
+                    steps=STOP + 1,
+                    strategy=name,
+                    ckpt_path=Path(alone, f"{kind}.ckpt"),
+                )
         runs[kind, "ddp"]["again"] = run(folder, lora=lora, world=2, strategy="ddp")
         # The same training, whose checkpoints are other files.
         runs[kind, "fsdp"]["again"] = runs[kind, "fsdp, one file"]["straight"]
@@ -157,7 +161,7 @@ def test_two_processes_go_on_exactly(paired, kind, name):
 
 
 @pytest.mark.parametrize("kind", POLICIES)
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", LOADING)
 def test_a_run_repeats_bit_for_bit(paired, kind, name):
     for rank in paired[1]:
         assert same_bits(
@@ -243,7 +247,7 @@ def test_a_checkpoint_of_two_processes_loads_on_one(tiny, paired, kind, name):
 
 
 @pytest.mark.parametrize("kind", POLICIES)
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", LOADING)
 def test_a_checkpoint_of_one_process_loads_on_two(alone, paired, kind, name):
     saved = read_checkpoint(alone[0] / f"{kind}.ckpt")["state_dict"]
     for rank in paired[1]:
