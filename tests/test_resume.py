@@ -15,7 +15,18 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 
-from fitting import LORA, PROMPTS, SaveAt, ask, copied, fit, make_module, same_bits, trained
+from fitting import (
+    LORA,
+    PROMPTS,
+    SaveAt,
+    adamw,
+    ask,
+    copied,
+    fit,
+    make_module,
+    same_bits,
+    trained,
+)
 from iqstar.checkpoints import (
     AtomicCheckpointIO,
     is_sharded_checkpoint,
@@ -43,7 +54,7 @@ LOADING = ("ddp", "fsdp")
 """Those that differ in how they load one file."""
 
 
-def run(folder, lora=None, world=1, steps=STEPS, strategy=None, callbacks=(), **options):
+def run(folder, lora=None, world=1, steps=STEPS, strategy=None, callbacks=(), lr=1e-2, **options):
     """Trains on what the policy samples; returns the weights and losses of every step."""
     torch.manual_seed(0)  # adapters start at random
     gradients = GradientBytes()
@@ -52,6 +63,7 @@ def run(folder, lora=None, world=1, steps=STEPS, strategy=None, callbacks=(), **
         spec={"lora": lora},
         rollout=GenerateRollout(max_new_tokens=3),
         loss=TokenPolicyGradientLoss(),  # needs the log-probs of the weights that sampled
+        optimizer=adamw(lr),
         schedule=WarmupCosine(),
         micro_batch_size=2 // world,
         epochs_per_rollout=2,
@@ -72,6 +84,7 @@ def run(folder, lora=None, world=1, steps=STEPS, strategy=None, callbacks=(), **
         "losses": done.losses,
         "samples": module.progress.samples,
         "held": held(module) | {"gradients": gradients.held},
+        "rates": [group["lr"] for group in module.trainer.optimizers[0].param_groups],
     }
 
 
@@ -256,6 +269,18 @@ def test_a_checkpoint_of_one_process_loads_on_two(alone, paired, kind, name):
         before = {key.removeprefix("actor."): value for key, value in saved.items()}
         moved = torch.cat([(resumed["weights"][key] - before[key]).flatten() for key in before])
         assert 0 < moved.abs().max() < 0.02
+
+
+def test_a_resumed_run_has_the_rate_that_it_is_given(tiny, alone):
+    """And not that of the checkpoint: with a rate of 0 no weight moves."""
+    path = alone[0] / "full.ckpt"
+    rates = alone[1]["full"]["resumed"]["rates"]
+    halved = run(tiny, ckpt_path=path, lr=5e-3)
+    assert halved["rates"] == pytest.approx([rate / 2 for rate in rates])
+    still = run(tiny, ckpt_path=path, lr=0.0)
+    saved = read_checkpoint(path)["state_dict"]
+    for name, weight in still["weights"].items():
+        assert torch.equal(weight, saved[f"actor.{name}"])
 
 
 def test_frozen_weights_are_not_in_a_checkpoint_but_their_identity_is(tiny, alone):

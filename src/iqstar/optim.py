@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,39 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     kept = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
     return [g for g in groups if g["params"]]
+
+
+def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The numbers that an optimiser was given, such as its rate, group by group."""
+    return [
+        {name: value for name, value in group.items() if _is_number(value)}
+        for group in optimizer.param_groups
+    ]
+
+
+def retune(
+    optimizer: Optimizer, scheduler: LambdaLR, settings: Sequence[Mapping[str, Any]]
+) -> None:
+    """Puts given numbers in place of those that a checkpoint brought along.
+
+    Where they are the same, nothing changes, not a bit.
+
+    Args:
+        optimizer: As it was loaded, with its state.
+        scheduler: Likewise; its rate at the present step is taken anew.
+        settings: What :func:`group_settings` gave before the schedule was built.
+    """
+    for number, (group, given) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
+        rate = given["lr"]
+        scheduler.base_lrs[number] = rate
+        now = rate * scheduler.lr_lambdas[number](scheduler.last_epoch)
+        group.update({**given, "initial_lr": rate, "lr": now})
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_number, value))
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Schedule(ABC):

@@ -27,12 +27,13 @@ from iqstar.evaluation import Evaluation
 from iqstar.mdp import Message, Prompt, Rollout, make_rollout
 from iqstar.policy import CausalLM, Policy
 
-FILES = "data.init_args.path"
+FILES = ("data.init_args.path", "data.init_args.heldout_path")
 IDENTITY = (
     "model.class_path", "model.init_args.estimator", "model.init_args.loss",
-    "model.init_args.reward", "data.class_path", "data.init_args.subset", FILES,
+    "model.init_args.reward", "data.class_path", "data.init_args.subset", *FILES,
+    "data.init_args.seed", "data.init_args.val_prompts", "seed_everything",
 )  # fmt: skip
-"""Settings without which a run is another one."""
+"""Settings without which a run is another one, or would learn from what it is measured on."""
 
 
 def frozen_fingerprints(policy: Policy | None, estimator: nn.Module) -> dict[str, str]:
@@ -92,7 +93,7 @@ def check_same_run(path: Path, saved: str | None, here: str | None) -> None:
 def _at(settings: Any, key: str) -> Any:
     for part in key.split("."):
         settings = settings.get(part) if isinstance(settings, dict) else None
-    if key == FILES and settings:
+    if key in FILES and settings:
         paths = [settings] if isinstance(settings, str) else settings
         return [Path(path).expanduser().resolve() for path in paths]
     return settings

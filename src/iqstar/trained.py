@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
@@ -22,7 +23,9 @@ from iqstar.optim import (
     Schedule,
     WarmupCosine,
     default_optimizer,
+    group_settings,
     parameter_groups,
+    retune,
 )
 from iqstar.policy import PolicySpec
 from iqstar.ranks import gather
@@ -76,6 +79,8 @@ class TrainedModule(EvaluatedModule, ABC):
         self.command: str | None = None
         self._owes_evaluation = False
         self._resumed: dict[str, Any] | None = None
+        self._given: list[dict[str, Any]] = []
+        self._loaded = False
         self._grad_norm = torch.zeros(())
 
     # -- what a method says ------------------------------------------------------------------
@@ -145,6 +150,7 @@ class TrainedModule(EvaluatedModule, ABC):
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise InputError("trainer.max_steps: the schedule needs the number of steps; set it")
+        self._given = group_settings(optimizer)
         scheduler = self.schedule.build(optimizer, int(steps))
         return {
             "optimizer": optimizer,
@@ -162,8 +168,14 @@ class TrainedModule(EvaluatedModule, ABC):
     # -- steps -------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Goes on where a resumed run stopped: its rollout, random state, an evaluation it owes."""
+        """Goes on where a resumed run stopped: its rollout, random state, an evaluation it owes.
+
+        The optimiser's rate and other numbers are those of this run's settings.
+        """
         count_batches_as_the_loader(self.trainer)
+        if self._loaded:
+            self._loaded = False
+            self._keep_to_settings()
         if self._resumed is not None:
             set_random_state(self._resumed["random"])
             self.go_on_from(self._resumed["rollout"])
@@ -171,6 +183,14 @@ class TrainedModule(EvaluatedModule, ABC):
         if self._owes_evaluation:  # last, since checkpoints are made in it and at its end
             self._owes_evaluation = False
             make_up_evaluation(self.trainer)
+
+    def _keep_to_settings(self) -> None:
+        """What a command says is what runs: a checkpoint has a rate and the like of its own."""
+        for optimizer, config in zip(
+            self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True
+        ):
+            if self._given and isinstance(config.scheduler, LambdaLR):
+                retune(optimizer, config.scheduler, self._given)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, and frees the gradients: a rollout and a forward pass can use their memory.
@@ -236,6 +256,7 @@ class TrainedModule(EvaluatedModule, ABC):
                 f"has {self.trainer.precision}: it will not go on exactly as it would have"
             )
         self.take_up(saved)
+        self._loaded = True
         self._owes_evaluation = saved.get("owes_evaluation", False)
         if len(saved["ranks"]) == self.trainer.world_size:
             self._resumed = saved["ranks"][self.global_rank]
