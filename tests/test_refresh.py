@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from fitting import LORA, PROMPTS, SaveAt, attach, copied, fit, make_module, same_bits, trained
 from iqstar.checkpoints import AtomicCheckpointIO
@@ -12,6 +13,9 @@ from iqstar.estimators import NullEstimator, ResponseEstimator
 from iqstar.refresh import EMARefresh, PeriodicRefresh
 from iqstar.rollouts import GenerateRollout
 from iqstar.scoring import RolloutScorer
+from iqstar.sharding import give_up_gathered, whole
+from iqstar.strategies import ShardedStrategy
+from processes import two_processes
 
 
 def weights(model):
@@ -104,6 +108,35 @@ def test_a_resumed_run_goes_on_exactly(tiny, tmp_path, of):
     fit(second, PROMPTS, max_steps=9, ckpt_path=path, **more)
     assert same_bits(copied(trained(straight)), copied(trained(second)))
     assert same_bits(weights(straight.frozen), weights(second.frozen))
+
+
+def followed(rank, folder):
+    """Two processes: the reference after two renewals, held whole and spread over both."""
+    found = {}
+    for name, strategy in (
+        ("ddp", DDPStrategy(process_group_backend="gloo")),
+        ("fsdp", ShardedStrategy(process_group_backend="gloo")),
+    ):
+        for kind in (EMARefresh(decay=0.5), PeriodicRefresh(every=1)):
+            module = make_module(folder, refresh=kind)
+            options = {"devices": 2, "strategy": strategy, "batch_size": 2, "max_steps": 3}
+            fit(module, PROMPTS, **options)
+            give_up_gathered(module.frozen)
+            held = {n: whole(p.detach()) for n, p in module.frozen.named_parameters()}
+            found[name, type(kind).__name__] = copied(held)
+            strategy = type(strategy)(process_group_backend="gloo")
+    return found
+
+
+def test_sharded_models_follow_as_whole_ones_do(tiny, tmp_path):
+    """The rest of a sharded reference stays gathered after scoring: renewed there, it were lost."""
+    start = weights(attach(make_module(tiny)).frozen)
+    for rank in two_processes(followed, tmp_path, str(tiny)):
+        for kind in ("EMARefresh", "PeriodicRefresh"):
+            replicated, sharded = rank["ddp", kind], rank["fsdp", kind]
+            assert not same_bits(sharded, start)
+            for name, weight in replicated.items():
+                torch.testing.assert_close(sharded[name], weight, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("before", [True, False])

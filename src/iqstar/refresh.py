@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from iqstar.errors import InputError
+from iqstar.sharding import give_up_gathered, own_part
 
 KEY = "model.refresh.init_args"
 Part = Literal["reference", "estimator", "both"]
@@ -51,11 +52,16 @@ class Refresh(ABC):
 
     @torch.no_grad()
     def apply(self, frozen: nn.Module, policy: nn.Module) -> None:
-        """Renews all weights of a frozen copy of the policy, in place."""
+        """Renews all weights of a frozen copy of the policy, in place.
+
+        Both may be sharded alike: each rank renews its own part.
+        """
+        give_up_gathered(frozen)
+        give_up_gathered(policy)
         trained = dict(policy.named_parameters())
-        for name, weight in frozen.named_parameters():
-            current = trained[name].detach().to(device=weight.device, dtype=weight.dtype)
-            weight.copy_(self.renewed(weight, current))
+        for name, parameter in frozen.named_parameters():
+            weight, current = own_part(parameter), own_part(trained[name].detach())
+            weight.copy_(self.renewed(weight, current.to(weight.device, weight.dtype)))
 
 
 class PeriodicRefresh(Refresh):

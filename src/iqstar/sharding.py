@@ -140,6 +140,21 @@ def _fit(size: int, device: torch.device) -> bool:
     return not global_max(int(size * 1.5 > free), device)
 
 
+def give_up_gathered(model: nn.Module) -> None:
+    """Leaves of a sharded model only what this rank holds for good; of others nothing changes.
+
+    What a forward pass gathered last stays gathered, where no backward pass follows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that is the same on all ranks, gathered if it is spread over them."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
