@@ -9,6 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "iqstar"
 #: Each layer imports only from layers above it; those of one line do not import each other.
 LAYERS = [
     {"errors", "chatter", "allocator", "vllm_worker", "signatures", "run_folder", "provenance"},
+    {"slurm"},
     {"mdp", "precision", "ranks", "fingerprint", "atomic", "adapters", "intervals", "templates"}
     | {"foreign_errors"},
     {"ranking", "accumulation", "padding_free"},
@@ -67,7 +68,7 @@ PACKAGES = {
 #: May import a package beside its layers.
 FROM_PACKAGES = {"training_cli": {"data"}, "one_device": {"data"}, "cli": {"data", "commands"}}
 #: Lines of one concept that a split would only scatter; raise no limit without a reason.
-LONG = {"pretrained.py": 350, "data/base.py": 330}
+LONG = {"pretrained.py": 350, "data/base.py": 345}
 LONG |= {"chat.py": 330, "settings.py": 410}
 FILES = sorted(p for p in SOURCE.rglob("*.py"))
 

@@ -690,6 +690,23 @@ def test_the_best_checkpoint_of_no_run(fails):
     assert fails(None, None, "--ckpt_path", "best").startswith("--ckpt_path: best does not exist")
 
 
+def test_a_slurm_job_of_one_task_for_two_devices(fails, tmp_path, config, monkeypatch):
+    """One device would train a half of each batch, and nothing would say so."""
+    for name in ("NTASKS", "PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "1" if name == "NTASKS" else "0")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    message = fails(None, None, *two)
+    assert message.startswith("trainer.devices: the SLURM job has 1 task(s) for 2 device(s)")
+    own = "lightning.fabric.plugins.environments.LightningEnvironment"
+    assert own in message
+    seen = []
+    monkeypatch.setattr(Trainer, "fit", lambda trainer, *_, **__: seen.append(trainer))
+    file = write_config(tmp_path, changed(config, "trainer.plugins", own))
+    assert main(["fit", "--config", str(file), *two]) == 0
+    assert type(seen[0].strategy.cluster_environment).__name__ == "LightningEnvironment"
+
+
 def test_a_slurm_job_of_tasks_that_are_not_counted_by_node(fails, monkeypatch):
     for name, value in {"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "train"}.items():
         monkeypatch.setenv(name, value)

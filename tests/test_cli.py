@@ -129,6 +129,18 @@ def test_gradients_of_ddp_are_its_buckets(tmp_path, tiny, monkeypatch, strategy)
     assert seen[0]._ddp_kwargs == {"gradient_as_bucket_view": True}
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_progress_bar_of_the_users_takes_the_place_of_ours(tmp_path, tiny, monkeypatch, own):
+    theirs = {"class_path": "lightning.pytorch.callbacks.TQDMProgressBar"}
+    config = changed(tiny_config(tmp_path, tiny), "trainer.enable_progress_bar", True)
+    config = changed(config, "trainer.callbacks", [theirs] if own else None)
+    seen = []
+    monkeypatch.setattr(Trainer, "fit", lambda trainer, *_, **__: seen.append(trainer))
+    assert main(["fit", "--config", str(write_config(tmp_path, config))]) == 0
+    bar = type(seen[0].progress_bar_callback).__name__
+    assert bar == ("TQDMProgressBar" if own else "ProgressBar")
+
+
 def test_group_files(printed):
     got = printed(
         *("--model.estimator", "configs/estimator/placebo.yaml"),

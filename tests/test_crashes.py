@@ -111,6 +111,8 @@ def test_last_is_not_a_checkpoint_of_another_run(tmp_path, tiny, capsys):
         ("model.init_args.loss", "iqstar.losses.RewardImitationLoss"),
         ("data.init_args.path", str(write_prompts(tmp_path / "other.jsonl"))),
         ("data.init_args.subset", "another"),
+        ("data.init_args.val_prompts", "2"),
+        ("seed_everything", "1"),
     ):
         error = error_of(capsys, *last, f"--{key}", value)
         named = key.removesuffix(".init_args.principle")
@@ -264,6 +266,8 @@ def test_a_signal_saves_first(tmp_path, tiny, name, monkeypatch):
     script.chmod(0o755)
     slurm = {
         "SLURM_JOB_ID": "77",
+        "SLURM_ARRAY_JOB_ID": "76",
+        "SLURM_ARRAY_TASK_ID": "3",
         "SLURM_NTASKS": "1",
         "SLURM_JOB_NAME": "fit",
         "SLURM_PROCID": "0",
@@ -287,7 +291,7 @@ def test_a_signal_saves_first(tmp_path, tiny, name, monkeypatch):
     asked = tmp_path / "asked"
     assert asked.exists() == (name == "SIGUSR1")
     if asked.exists():
-        assert asked.read_text() == "requeue 77\n"
+        assert asked.read_text() == "requeue 76_3\n"  # one task, not all of the array
 
 
 def wait_for_steps(runs: Path, size: int = 4_000) -> None:

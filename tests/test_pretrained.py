@@ -93,6 +93,8 @@ def test_code_in_the_folder_is_not_run(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text("raise SystemExit('was run')")
     refuse(r"set model\.policy\.trust_remote_code: true$", pretrained.load_config, str(tmp_path))
+    with pytest.raises(InputError, match=r"\.aligned: .*of an architecture that transformers has$"):
+        pretrained.load_config(str(tmp_path), key="model.estimator.init_args.aligned")
 
 
 def test_models_that_are_not_causal(tmp_path: Path):

@@ -12,11 +12,11 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from iqstar.errors import PreemptedError
 from iqstar.ranks import global_max
 from iqstar.run_folder import run_folder
+from iqstar.slurm import requeue
 
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n))
 REPEATED = 5.0
@@ -116,21 +116,6 @@ class Preemption(Callback):
                 process.wait(max(deadline - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def requeue() -> None:
-    """Queues this SLURM job again, if this is one."""
-    if (job := os.environ.get("SLURM_JOB_ID")) is None:
-        return
-    try:
-        result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-        failure = result.stderr.strip() if result.returncode else None
-    except OSError as error:
-        failure = str(error)
-    if failure is None:
-        rank_zero_info(f"Queued SLURM job {job} again")
-    else:
-        rank_zero_warn(f"scontrol requeue {job} failed: {failure}")
 
 
 def _folder(trainer: Trainer) -> Path:

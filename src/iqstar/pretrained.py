@@ -34,6 +34,8 @@ from iqstar.errors import InputError, missing_packages
 
 BUNDLED = "bundled"
 KEY = "model.policy.model"
+TRUSTING = (KEY, "RewardModelJudge.model")
+"""Keys that have a ``trust_remote_code`` beside them."""
 
 # Raised when the converted folder changes, so that old caches are not used.
 _FORMAT = 1
@@ -300,8 +302,11 @@ def loading(model: str, source: str, what: str, key: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         reason = text[:300].rstrip(".") or type(error).__name__
         if "trust_remote_code" in text:
-            reason, prefix = "it brings code of its own", key.rpartition(".")[0]
-            remedy = f"if you trust its code, set {prefix}.trust_remote_code: true"
+            reason = "it brings code of its own"
+            remedy = "give one of an architecture that transformers has"
+            if key in TRUSTING:
+                prefix = key.rpartition(".")[0]
+                remedy = f"if you trust its code, set {prefix}.trust_remote_code: true"
         elif local:
             remedy = "check that its files are complete and were saved by transformers"
         else:

@@ -15,8 +15,8 @@ import torch
 from jsonargparse import ArgumentError
 from lightning import Trainer
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -45,6 +45,7 @@ from iqstar.resume import check_same_run
 from iqstar.run_folder import runs_folder
 from iqstar.settings import CONFIG_FLAGS, Explainer, Setting, read_settings
 from iqstar.settings_file import SettingsFile
+from iqstar.slurm import check_tasks, slurm_environment
 from iqstar.strategies import NAMES as SHARDED
 from iqstar.strategies import ShardedStrategy
 from iqstar.summary import RunSummary
@@ -261,13 +262,17 @@ class IQStarCLI(LightningCLI):
         own = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in own):
             own = [*own, AtomicCheckpointIO()]
-        config["plugins"] = [*own, *_slurm()]
+        config["plugins"] = [*own, *slurm_environment(own)]
         check_precision(str(config["precision"]))
         if config["max_steps"] > 0 and not asked_for_validation(config):
             # Before and after only: an evaluation costs as much as several steps.
             config |= {"check_val_every_n_epoch": None, "val_check_interval": sys.maxsize}
         callbacks = [*callbacks, WeightsLine(), Preemption()]
-        if config.get("enable_progress_bar") is not False:
+        theirs = config["callbacks"] or []
+        every = [*callbacks, *(theirs if isinstance(theirs, list) else [theirs])]
+        if config.get("enable_progress_bar") is not False and not any(
+            isinstance(callback, AnyProgressBar) for callback in every
+        ):
             callbacks = [*callbacks, ProgressBar()]
         if config.get("enable_checkpointing") is False:
             callbacks = [c for c in callbacks if not isinstance(c, ModelCheckpoint)]
@@ -275,19 +280,10 @@ class IQStarCLI(LightningCLI):
             trainer = super()._instantiate_trainer(config, callbacks)
         except ValueError as error:  # an unknown strategy, precision, …
             raise InputError(f"trainer: {error}; see iqstar fit --help") from error
+        check_tasks(trainer)
         if isinstance(trainer.strategy, DDPStrategy):  # gradients are the buckets, no copy of them
             trainer.strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
         return trainer
-
-
-def _slurm() -> list[SLURMEnvironment]:
-    """Lightning's view of a SLURM job, which :mod:`iqstar.preemption` queues again."""
-    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
-        return []
-    try:
-        return [SLURMEnvironment(auto_requeue=False)]
-    except RuntimeError as error:  # --ntasks without --ntasks-per-node
-        raise InputError(f"the SLURM job: {error}") from error
 
 
 @contextmanager
