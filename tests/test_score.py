@@ -475,8 +475,8 @@ def test_limit_is_that_of_the_data(tmp_path, config, capsys):
     assert "data.limit" in message
 
 
-def test_beyond_the_limit_no_response_is_needed(tmp_path, config, capsys):
-    """As ``data.limit`` trains without it."""
+def test_what_has_no_response_is_left_out(tmp_path, config, capsys):
+    """As two rows of HH-RLHF, whose chosen reply is empty: neither scored nor trained on."""
     source, path = tmp_path / "rows.jsonl", tmp_path / "credits.parquet"
     data = JSONL(path=str(source), val_prompts=3)
     data.setup("fit")
@@ -485,9 +485,11 @@ def test_beyond_the_limit_no_response_is_needed(tmp_path, config, capsys):
     kept = [{"prompt": r["prompt"]} if r["prompt"] == last else r for r in rows]
     source.write_text("".join(json.dumps(row) + "\n" for row in kept))
     command = ["score", "--config", str(write_config(tmp_path, config)), "--output", str(path)]
-    assert "1 of 17 prompts have no response" in error_of(capsys, *command)
-    assert main([*command, "--limit", "16"]) == 0
+    assert main(command) == 0
     assert len(CreditFile(path)) == 16
+    scored = str(write_config(tmp_path, scored_run(config, path), "scored.yaml"))
+    assert main(["fit", "--config", scored, "--trainer.max_steps", "5"]) == 0
+    assert "16 prompts to train on, 3 held out; 1 skipped: no response" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -515,7 +517,8 @@ def test_prompts_without_responses(tmp_path, tiny, capsys):
     message = error_of(
         capsys, "score", "--config", str(file), "--output", str(tmp_path / "c.parquet")
     )
-    assert "21 of 21 prompts have no response" in message
+    assert "no prompt is left to train on (24 rows" in message
+    assert "21 skipped: no response); give data with responses, or have them sampled" in message
 
 
 def test_estimators_that_mix_tokens_cannot_be_scored(tmp_path, config, capsys):

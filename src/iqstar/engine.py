@@ -30,6 +30,8 @@ class RolloutEngine(ABC):
     on_policy: bool = False
     credits_known: ClassVar[bool] = False
     """Whether it has the credit of its responses, which was computed before."""
+    needs_responses: bool = False
+    """Whether it replays responses, so that a prompt without one cannot be trained on."""
     max_new_tokens: int
     stop_strings: list[str] | None = None
     batch_size: int | None = None

@@ -171,6 +171,8 @@ class DatasetRollout(RolloutEngine):
         max_new_tokens: Length limit of a response.
     """
 
+    needs_responses = True
+
     def __init__(self, max_new_tokens: int = 64) -> None:
         if max_new_tokens < 1:
             raise InputError(f"{KEY}.max_new_tokens: must be at least 1, got {max_new_tokens}")
@@ -231,6 +233,7 @@ class MixtureRollout(RolloutEngine):
         self.weights = [w / sum(weights) for w in weights]
         self.responses_per_prompt = counts.pop()
         self.on_policy = all(e.on_policy for e in engines)
+        self.needs_responses = any(e.needs_responses for e in engines)
         self.max_new_tokens = max(e.max_new_tokens for e in engines)
         self.stop_strings = next((e.stop_strings for e in sampling), None)
         self.batch_size = min((e.batch_size for e in engines if e.batch_size), default=None)

@@ -64,8 +64,7 @@ def main(argv: list[str]) -> int:
         The exit code, 0.
 
     Raises:
-        InputError: If the settings are wrong, a response is missing, or the file cannot be
-            written.
+        InputError: If the settings are wrong, there is no response, or the file cannot be written.
     """
     if "-h" in argv or "--help" in argv:
         sys.stdout.write(HELP)
@@ -83,7 +82,9 @@ def main(argv: list[str]) -> int:
                 "model.refresh: credit that follows the policy cannot be written once; set it to "
                 "null, or use DatasetRollout with it"
             )
-        prompts = training_prompts(cli, limit)
+        # What is scored is replayed: the data leaves out what has no response, as in training.
+        module.rollout = DatasetRollout(module.rollout.max_new_tokens)
+        prompts = cli.read_data("fit").train_prompts[:limit]
         about = {
             "version": __version__,
             "model": module.spec.model,
@@ -96,27 +97,6 @@ def main(argv: list[str]) -> int:
         f"Wrote the credits of {responses:,} responses, {tokens:,} tokens, to {path}\n"
     )
     return 0
-
-
-def training_prompts(cli: ScoreCLI, limit: int | None) -> tuple[Prompt, ...]:
-    """What ``iqstar fit`` would train on, in the data module's own order.
-
-    Args:
-        cli: The command's settings.
-        limit: How many at most, as ``data.limit``.
-
-    Raises:
-        InputError: If one has no response.
-    """
-    prompts = cli.read_data("fit").train_prompts[:limit]
-    without = [prompt for prompt in prompts if not prompt.response]
-    if without:
-        raise InputError(
-            f"data: {len(without)} of {len(prompts)} prompts have no response, "
-            f"{without[0].messages[-1].content[:60]!r} among them, and iqstar score scores the "
-            "data set's own; give data with a response to every prompt"
-        )
-    return prompts
 
 
 def score(

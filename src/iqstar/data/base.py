@@ -27,6 +27,9 @@ from iqstar.data.turns import (
 from iqstar.errors import InputError
 from iqstar.mdp import Prompt, PromptBatch
 
+NO_RESPONSE = "no response"
+"""Why a prompt is skipped where responses are replayed."""
+
 
 class PromptDataModule(LightningDataModule, ABC):
     """Prompts for rollouts. No label and no response decides which prompts, or in what order.
@@ -152,23 +155,26 @@ class PromptDataModule(LightningDataModule, ABC):
         """Reads, filters and splits the prompts; logs :attr:`report`.
 
         With a trainer, its module's ``count_prompt_tokens(prompt)`` measures prompts against
-        ``max_prompt_tokens``; without one, that bound does not apply.
+        ``max_prompt_tokens``; without one, that bound does not apply. Where its rollout replays
+        responses, prompts without one are left out.
 
         Raises:
             InputError: If the data cannot be read, or no prompt is left for the stage.
         """
         module = getattr(self.trainer, "lightning_module", None)
         counter = getattr(module, "count_prompt_tokens", None)
-        if self.report is None or counter != self._counter:
+        report = self.report
+        if report is None or counter != self._counter:
             self._counter = counter
-            self._build()
-            rank_zero_info("%s: %s", type(self).__name__, self.report)
+            report = self._build()
+            rank_zero_info("%s: %s", type(self).__name__, report)
         if stage == "fit" and not self.train_prompts:
-            held = self.heldout_prompts
-            remedy = "lower data.val_prompts or loosen" if held else "repair the rows or loosen"
-            raise InputError(
-                f"data: no prompt is left to train on ({self.report}); {remedy} the filters"
-            )
+            remedy = "repair the rows or loosen the filters"
+            if NO_RESPONSE in report.skipped:
+                remedy = "give data with responses, or have them sampled (model.rollout)"
+            elif self.heldout_prompts:
+                remedy = "lower data.val_prompts or loosen the filters"
+            raise InputError(f"data: no prompt is left to train on ({report}); {remedy}")
 
     def check_values(self) -> None:
         """Refuses settings that make no data, with an InputError."""
@@ -182,7 +188,7 @@ class PromptDataModule(LightningDataModule, ABC):
             if isinstance(value, int) and value < least:
                 raise InputError(f"data.{key}: {value} is too small; give at least {least}")
 
-    def _build(self) -> None:
+    def _build(self) -> DataReport:
         self.check_values()
         counts: Counter[str] = Counter()
         own = self.heldout_rows()
@@ -199,11 +205,17 @@ class PromptDataModule(LightningDataModule, ABC):
             prompts = [*prompts, *heldout]
         if siblings := len(prompts) - len(heldout) - len(train):
             counts["skipped: opens like a held-out prompt"] += siblings
+        engine = getattr(getattr(self.trainer, "lightning_module", None), "rollout", None)
+        if getattr(engine, "needs_responses", False):
+            replayed = [prompt for prompt in train if prompt.response]
+            if len(replayed) < len(train):
+                counts[f"skipped: {NO_RESPONSE}"] += len(train) - len(replayed)
+            train = replayed
         if self.limit is not None and len(train) > self.limit:
             counts["skipped: over limit"] += len(train) - self.limit
             train = train[: self.limit]
         self.train_prompts, self.heldout_prompts = tuple(train), tuple(heldout)
-        self.report = DataReport(
+        self.report = report = DataReport(
             rows=counts["rows"],
             skipped={
                 name.removeprefix("skipped: "): n
@@ -214,6 +226,7 @@ class PromptDataModule(LightningDataModule, ABC):
             train=len(train),
             heldout=len(heldout),
         )
+        return report
 
     def _prompts(self, rows: Iterable[Row], counts: Counter[str]) -> list[Prompt]:
         """The distinct prompts that pass the filters, in the order of the rows."""
@@ -311,19 +324,18 @@ class PromptDataModule(LightningDataModule, ABC):
         self.check_values()
         rows = [*self.rows(), *(self.heldout_rows() or ())]
         summary = self.summarize([row.values for row in rows])
-        self._build()
-        assert self.report is not None
+        report = self._build()
         details = summary.setdefault("details", {})
-        details["skipped"] = self.report.skipped
-        details["cut_to_first_turn"] = self.report.cut
-        details["split"] = {"train": self.report.train, "heldout": self.report.heldout}
+        details["skipped"] = report.skipped
+        details["cut_to_first_turn"] = report.cut
+        details["split"] = {"train": report.train, "heldout": report.heldout}
         if kept := [*self.train_prompts, *self.heldout_prompts]:
             details["prompt_chars"] = quantiles([count_chars(p) for p in kept])
             details["prompt_turns"] = quantiles([len(p.messages) for p in kept])
-        short = self.drop_last and self.report.train < self.batch_size
+        short = self.drop_last and report.train < self.batch_size
         if short and self.val_prompts is not None:
             details["warnings"] = [
-                f"{self.report.train} training prompts do not fill one batch of {self.batch_size} "
+                f"{report.train} training prompts do not fill one batch of {self.batch_size} "
                 "(data.batch_size): lower it, or hold fewer out (data.val_prompts)"
             ]
         return summary
