@@ -22,6 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || echo "Creating $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "The venv module is missing; install it (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@$(PIP) pip  # Python's own may be years old, and slow
 	@echo "Installing PyTorch (once, minutes on a slow line)"
 	@$(PIP) torch
 	@echo "Installing iqstar and what it needs"
