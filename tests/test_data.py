@@ -149,6 +149,17 @@ def test_parquet_json_and_folders_read_alike(tmp_path):
     assert sides(folder) == sides(JSONL(path=path, val_prompts=3))
 
 
+def test_files_need_no_cache_that_can_be_written_to(tmp_path, monkeypatch):
+    import datasets
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    rows = [{"prompt": f"question {i}"} for i in range(4)]
+    (tmp_path / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    train, heldout = sides(JSONL(path=str(tmp_path / "a.json"), val_prompts=1))
+    assert (len(train), len(heldout)) == (3, 1)
+
+
 # ---- splits
 
 

@@ -455,6 +455,25 @@ def test_a_response_estimator_shows_each_prompt_its_own_best_response(scored):
     close(found, torch.cat(parts))
 
 
+def test_candidates_are_scored_in_as_many_rows_as_responses(scored, monkeypatch):
+    """So that a run whose micro-batches fit does not run out of memory over its candidates."""
+    module, seen = scored[0], []
+    rollout = GenerateRollout(4).roll_out(module.policy, PROMPTS, TEMPERATURE, 9)
+    parts = [rollout.rows(start, start + 2) for start in range(0, len(rollout), 2)]
+    scorer = RolloutScorer(module.policy, parts, TEMPERATURE)
+    estimator = ResponseEstimator(KIND, RUDE, candidates=3, max_new_tokens=4, batch_size=2)
+    hidden = type(module.actor).hidden_and_keys
+
+    def spied(model, packed, *rest):
+        seen.append(len(packed.lengths))
+        return hidden(model, packed, *rest)
+
+    monkeypatch.setattr(type(module.actor), "hidden_and_keys", spied)
+    estimator.estimate(scorer, scorer.reference(), 9)
+    assert len(seen) > 2 * 3 * len(PROMPTS) // 2
+    assert max(seen) == 2
+
+
 def test_candidates_are_drawn_apart_from_the_responses_that_are_scored(scored):
     """One seed goes to both; at equal weights equal numbers would show a response to itself."""
     module, seen = scored[0], []

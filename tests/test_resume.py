@@ -36,6 +36,7 @@ from iqstar.checkpoints import (
 from iqstar.errors import InputError
 from iqstar.losses import TokenPolicyGradientLoss
 from iqstar.optim import WarmupCosine
+from iqstar.resume import check_same_checkpoint
 from iqstar.rollouts import GenerateRollout
 from iqstar.strategies import ShardedStrategy
 from processes import two_processes
@@ -288,6 +289,19 @@ def test_frozen_weights_are_not_in_a_checkpoint_but_their_identity_is(tiny, alon
         saved = read_checkpoint(alone[0] / f"{kind}.ckpt")
         assert not any(name.startswith(("frozen", "estimator")) for name in saved["state_dict"])
         assert len(saved["iqstar"]["frozen"]["reference"]) == 64
+
+
+def differing(rank):
+    with pytest.raises(InputError) as error:
+        check_same_checkpoint(None if rank else "runs/a.ckpt")
+    check_same_checkpoint("runs/a.ckpt")
+    return str(error.value)
+
+
+def test_processes_that_found_different_checkpoints_are_told(tmp_path):
+    """As on nodes with file systems of their own: some would train while others evaluate."""
+    for message in two_processes(differing, tmp_path):
+        assert "(process 0: runs/a.ckpt, process 1: none)" in message
 
 
 def test_another_base_model_is_refused(tmp_path, alone):

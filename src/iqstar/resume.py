@@ -26,6 +26,7 @@ from iqstar.errors import InputError
 from iqstar.evaluation import Evaluation
 from iqstar.mdp import Message, Prompt, Rollout, make_rollout
 from iqstar.policy import CausalLM, Policy
+from iqstar.ranks import gather
 
 FILES = ("data.init_args.path", "data.init_args.heldout_path")
 IDENTITY = (
@@ -88,6 +89,24 @@ def check_same_run(path: Path, saved: str | None, here: str | None) -> None:
                 "give the path of the one that you mean (of this one, to go on all the same), or "
                 "each run a folder of its own with trainer.logger.init_args.name"
             )
+
+
+def check_same_checkpoint(path: str | None) -> None:
+    """Checks that all processes go on from one checkpoint, which each has looked for itself.
+
+    Args:
+        path: What this one has found; None for nothing.
+
+    Raises:
+        InputError: If another has found another.
+    """
+    found = gather(path)
+    if len(set(found)) > 1:
+        told = ", ".join(f"process {rank}: {path or 'none'}" for rank, path in enumerate(found))
+        raise InputError(
+            f"--ckpt_path: not all processes go on from the same checkpoint ({told}); keep runs "
+            "where all nodes see them (trainer.logger.init_args.save_dir), or give the path"
+        )
 
 
 def _at(settings: Any, key: str) -> Any:

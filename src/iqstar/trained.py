@@ -30,6 +30,7 @@ from iqstar.optim import (
 from iqstar.policy import PolicySpec
 from iqstar.ranks import gather
 from iqstar.resume import (
+    check_same_checkpoint,
     check_same_frozen,
     count_batches_as_the_loader,
     frozen_fingerprints,
@@ -58,6 +59,7 @@ class TrainedModule(EvaluatedModule, ABC):
     Attributes:
         recipe: The run's config, for its model card.
         command: The command line that started it.
+        goes_on_from: The checkpoint that this process found for ``--ckpt_path last``, or is given.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class TrainedModule(EvaluatedModule, ABC):
         self.strict_loading = False  # frozen weights are not in checkpoints
         self.recipe: str | None = None
         self.command: str | None = None
+        self.goes_on_from: str | None = None
         self._owes_evaluation = False
         self._resumed: dict[str, Any] | None = None
         self._given: list[dict[str, Any]] = []
@@ -131,6 +134,7 @@ class TrainedModule(EvaluatedModule, ABC):
         """Loads the models; called by the trainer on every rank, and again without effect."""
         if self.policy is not None:
             return
+        check_same_checkpoint(self.goes_on_from)
         precision = str(self.trainer.precision)
         needed = self.rollout.needs_reference(self.trainer)
         with torch.device("cpu"):  # not Lightning's device: it moves all of this module at once

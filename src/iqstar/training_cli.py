@@ -205,6 +205,8 @@ class IQStarCLI(LightningCLI):
             arguments["ckpt_path"] = self._last_checkpoint(subcommand)
         elif is_path(path):
             arguments["ckpt_path"] = checkpoint_at(path)
+        if (found := arguments.get("ckpt_path")) is not None:
+            self.model.goes_on_from = str(found)
         return arguments
 
     def _last_checkpoint(self, subcommand: str) -> Path | None:

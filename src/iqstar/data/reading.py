@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from iqstar.errors import InputError
@@ -159,10 +160,13 @@ def _read_by_library(file: Path) -> Iterator[Row]:
 
     kind = "parquet" if file.suffix == ".parquet" else "json"
     name = glob.escape(str(file))  # which the library takes for a pattern
-    plain = {} if kind == "parquet" else {"parse_agent_traces": False}  # else it rewrites chat logs
+    options: dict[str, Any] = {"split": "train", "streaming": True}
+    if kind == "json":
+        options["parse_agent_traces"] = False  # else it rewrites chat logs
     try:
-        with _quiet():
-            rows = load_dataset(kind, data_files=[name], split="train", streaming=True, **plain)
+        # Though nothing is cached, the library wants a folder that it can write to.
+        with _quiet(), TemporaryDirectory(prefix="iqstar-") as cache:
+            rows = load_dataset(kind, data_files=[name], cache_dir=cache, **options)
             for index, values in enumerate(rows):
                 yield Row(values=values, source=str(file), index=index)
     except StopIteration:

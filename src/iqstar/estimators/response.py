@@ -12,6 +12,7 @@ from iqstar.estimators.base import KEY, FrozenScorer
 from iqstar.estimators.principle import ToldEstimator
 from iqstar.mdp import Prompt, Rollout
 from iqstar.policy import Policy
+from iqstar.ranks import even_spans
 from iqstar.rollouts import GenerateRollout, rollout_seed
 from iqstar.scoring import RolloutScorer
 
@@ -39,6 +40,8 @@ class ResponseEstimator(ToldEstimator):
         exemplar: How the model is shown the best one; holds ``{response}``.
         placement: As for PrincipleEstimator, of the principles and of the exemplar.
         max_principle_tokens: Budget of either principle.
+        batch_size: Candidates generated at once; null for all.
+        stop_strings: As for the run's rollout, of which a candidate knows nothing.
     """
 
     mixes_tokens = True  # candidates are drawn with the rollout's seed
@@ -52,6 +55,8 @@ class ResponseEstimator(ToldEstimator):
         exemplar: str = EXEMPLAR,
         placement: str = "after_user",
         max_principle_tokens: int = 256,
+        batch_size: int | None = None,
+        stop_strings: list[str] | None = None,
     ) -> None:
         texts = {"principle": principle, "antiprinciple": antiprinciple}
         super().__init__(texts, placement, max_principle_tokens, None)
@@ -61,7 +66,13 @@ class ResponseEstimator(ToldEstimator):
             raise InputError(f"{KEY}.exemplar: the text must hold {{response}}, got {exemplar!r}")
         self.candidates = candidates
         self.exemplar = exemplar
-        self.engine = GenerateRollout(max_new_tokens, candidates, source="reference")
+        self.engine = GenerateRollout(
+            max_new_tokens,
+            candidates,
+            source="reference",
+            stop_strings=stop_strings,
+            batch_size=batch_size,
+        )
 
     def estimate(
         self, scorer: FrozenScorer, reference: TokenDistributions, seed: int
@@ -86,14 +97,21 @@ class ResponseEstimator(ToldEstimator):
             rollout = self.engine.roll_out(policy, prompts, temperature, own_seed)
         else:
             rollout = self.engine.sample(self.model, prompts, temperature, own_seed)
-        ranks = self._ranks(policy, rollout, temperature).view(-1, self.candidates)
+        rows = max(len(part) for part in scorer.micro_batches)
+        ranks = self._ranks(policy, rollout, temperature, rows).view(-1, self.candidates)
         chosen = ranks.argmax(dim=1) + torch.arange(len(prompts)) * self.candidates
         texts = self.engine.texts(policy.actor.chat, rollout)
         return [texts[i] for i in chosen.tolist()]
 
-    def _ranks(self, policy: Policy, rollout: Rollout, temperature: float) -> torch.Tensor:
-        """Mean over each response's tokens of log π_ref(·|c⁺) − log π_ref(·|c⁻), on the CPU."""
-        scorer = RolloutScorer(policy, [rollout], temperature)
+    def _ranks(
+        self, policy: Policy, rollout: Rollout, temperature: float, rows: int
+    ) -> torch.Tensor:
+        """Mean over each response's tokens of log π_ref(·|c⁺) − log π_ref(·|c⁻), on the CPU.
+
+        Scored in about as many rows at once as the run's own responses.
+        """
+        spans = even_spans(len(rollout), rows, policy.actor.device)
+        scorer = RolloutScorer(policy, [rollout.rows(*span) for span in spans], temperature)
         told = [self._told(scorer, name).at(rollout.actions) for name in self.texts]
         gaps = (told[0] - told[1]).double().cpu().split(rollout.lengths.tolist())
         return torch.stack([gap.sum() / max(len(gap), 1) for gap in gaps])
