@@ -1,6 +1,7 @@
 """Bad input: one clear line with the place and the remedy, an exit code, no traceback."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -457,8 +458,25 @@ def test_prompt_over_its_budget_is_counted(tmp_path, config, capsys):
 def test_prompt_longer_than_the_model(tmp_path, fails):
     model = tiny_folder(tmp_path / "short", max_position_embeddings=24)
     message = fails("model.init_args.policy.model", str(model))
-    assert message.startswith("data.max_prompt_tokens: a prompt of ")
-    assert "exceed the model's 24 positions; lower" in message
+    assert message.startswith("data: no prompt is left to train on (24 rows")
+    assert "24 skipped: over 3 tokens, response and principle pass the model's pos" in message
+
+
+def test_a_prompt_that_fits_without_its_principle_only_is_skipped(tmp_path, config, capsys):
+    """And counted: found in the middle of training, it would end the run."""
+    model = tiny_folder(tmp_path / "short", max_position_embeddings=120)
+    config = changed(config, "model.init_args.policy.model", str(model))
+    rows = [{"prompt": f"Number {i}"} for i in range(20)]
+    rows += [{"prompt": "to " * length} for length in range(20, 60)]
+    file = tmp_path / "long.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = changed(config, "data.init_args.path", str(file))
+    config = changed(config, "data.init_args.shuffle", False)
+    config = changed(config, "trainer.max_steps", 12)
+    config = changed(config, "trainer.limit_val_batches", 0)
+    assert main(["fit", "--config", str(write_config(tmp_path, config))]) == 0
+    (skipped,) = re.findall(r"(\d+) skipped: over \d+ tokens, response", capsys.readouterr().err)
+    assert 5 < int(skipped) < 35
 
 
 # ---- models

@@ -41,6 +41,7 @@ from iqstar.resume import (
     warn_inside_window,
 )
 from iqstar.rollouts import RolloutEngine
+from iqstar.room import prompt_room
 from iqstar.sharding import whole
 
 
@@ -129,6 +130,11 @@ class TrainedModule(EvaluatedModule, ABC):
     def chat(self) -> ChatFormat:
         """The policy's tokenizer and chat format; reads no weights."""
         return self.spec.chat()
+
+    def prompt_room(self) -> int | None:
+        """Tokens that a prompt may have (:mod:`iqstar.room`); the data module asks for it."""
+        estimator = getattr(self, "estimator", None)
+        return prompt_room(self.spec, self.chat, self.rollout.max_new_tokens, estimator)
 
     def configure_model(self) -> None:
         """Loads the models; called by the trainer on every rank, and again without effect."""

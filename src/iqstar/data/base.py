@@ -94,6 +94,7 @@ class PromptDataModule(LightningDataModule, ABC):
         self.heldout_prompts: tuple[Prompt, ...] = ()
         self.report: DataReport | None = None
         self._counter: Callable[[Prompt], int] | None = None
+        self._room: int | None = None
 
     # ---- what a data set says about itself
 
@@ -155,8 +156,8 @@ class PromptDataModule(LightningDataModule, ABC):
         """Reads, filters and splits the prompts; logs :attr:`report`.
 
         With a trainer, its module's ``count_prompt_tokens(prompt)`` measures prompts against
-        ``max_prompt_tokens``; without one, that bound does not apply. Where its rollout replays
-        responses, prompts without one are left out.
+        ``max_prompt_tokens`` and its ``prompt_room()``; without one, these do not apply. Where its
+        rollout replays responses, prompts without one are left out.
 
         Raises:
             InputError: If the data cannot be read, or no prompt is left for the stage.
@@ -165,7 +166,7 @@ class PromptDataModule(LightningDataModule, ABC):
         counter = getattr(module, "count_prompt_tokens", None)
         report = self.report
         if report is None or counter != self._counter:
-            self._counter = counter
+            self._counter, self._room = counter, getattr(module, "prompt_room", lambda: None)()
             report = self._build()
             rank_zero_info("%s: %s", type(self).__name__, report)
         if stage == "fit" and not self.train_prompts:
@@ -260,10 +261,13 @@ class PromptDataModule(LightningDataModule, ABC):
             return f"under min_prompt_chars={self.min_prompt_chars}"
         if self.max_prompt_chars is not None and chars > self.max_prompt_chars:
             return f"over max_prompt_chars={self.max_prompt_chars}"
-        if self._counter is None or self.max_prompt_tokens is None:
+        if self._counter is None or (self.max_prompt_tokens is None and self._room is None):
             return None
-        if self._counter(prompt) > self.max_prompt_tokens:
+        tokens = self._counter(prompt)
+        if self.max_prompt_tokens is not None and tokens > self.max_prompt_tokens:
             return f"over max_prompt_tokens={self.max_prompt_tokens}"
+        if self._room is not None and tokens > self._room:
+            return f"over {self._room} tokens, response and principle pass the model's positions"
         return None
 
     # ---- loaders

@@ -61,6 +61,18 @@ class OptimalPolicyEstimator(nn.Module, ABC):
             precision: The trainer's.
         """
 
+    def added_tokens(self, chat: ChatFormat) -> int:
+        """Tokens that it adds to a prompt before the model reads it, at most; its parts' too.
+
+        Args:
+            chat: The policy's chat format.
+        """
+        parts = (m for m in self.modules() if m is not self)
+        return max(
+            (p.added_tokens(chat) for p in parts if isinstance(p, OptimalPolicyEstimator)),
+            default=0,
+        )
+
     def own_models(self) -> tuple[str, ...]:
         """Names of the models that it loads beside the reference, those of parts left out."""
         return ()

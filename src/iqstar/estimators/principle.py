@@ -10,6 +10,7 @@ from iqstar.distributions import LogLinear, TokenDistributions
 from iqstar.errors import InputError
 from iqstar.estimators.base import KEY, FrozenScorer, OptimalPolicyEstimator
 from iqstar.loading import load_frozen
+from iqstar.mdp import Message
 from iqstar.policy import CausalLM, PolicySpec
 
 
@@ -45,6 +46,16 @@ class ToldEstimator(OptimalPolicyEstimator):
                 )
         if self.model_name is not None and self.model is None:
             self.model = load_frozen(self.model_name, spec, chat, precision, f"{KEY}.model")
+
+    def added_tokens(self, chat: ChatFormat) -> int:
+        """See :meth:`OptimalPolicyEstimator.added_tokens`."""
+        return max(self._added(chat, text) for text in self.texts.values())
+
+    def _added(self, chat: ChatFormat, text: str) -> int:
+        """Tokens of a text in its place, as far as its budget goes."""
+        prompt = (Message(role="user", content="a"),)
+        told = len(chat.prompt_ids(prompt, text, self.placement))
+        return min(told - len(chat.prompt_ids(prompt)), self.max_principle_tokens)
 
     def own_models(self) -> tuple[str, ...]:
         """See :meth:`OptimalPolicyEstimator.own_models`."""

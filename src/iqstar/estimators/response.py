@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from iqstar.chat import ChatFormat
 from iqstar.distributions import TokenDistributions
 from iqstar.errors import InputError
 from iqstar.estimators.base import KEY, FrozenScorer
@@ -73,6 +74,11 @@ class ResponseEstimator(ToldEstimator):
             stop_strings=stop_strings,
             batch_size=batch_size,
         )
+
+    def added_tokens(self, chat: ChatFormat) -> int:
+        """See :meth:`OptimalPolicyEstimator.added_tokens`; a candidate is told a principle too."""
+        longest = self.engine.max_new_tokens
+        return max(super().added_tokens(chat), self._added(chat, self.exemplar)) + longest
 
     def estimate(
         self, scorer: FrozenScorer, reference: TokenDistributions, seed: int
