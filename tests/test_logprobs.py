@@ -66,6 +66,27 @@ def test_equal_distributions_have_exactly_no_divergence_and_no_gradient(name, dt
     assert torch.count_nonzero(grad) == 0
 
 
+@pytest.mark.parametrize("name", [*DIVERGENCES, "kl", "entropy"])
+def test_autocast_changes_no_bit(name):
+    """It takes a product of vectors in bfloat16: a small KL, which is of second order, was lost."""
+    logits, other = (random(seed, 8, 50, dtype=torch.float32) for seed in (0, 1))
+    target = (logits + 0.03 * other).log_softmax(-1)
+    functions = {
+        "kl": lambda x, y: kl_divergence(x.log_softmax(-1), y),
+        "entropy": lambda x, _: entropy(x.log_softmax(-1)),
+    }
+    divergence = functions.get(name) or DIVERGENCES[name][0]
+    plain, under = (logits.clone().requires_grad_() for _ in range(2))
+    value = divergence(plain, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = divergence(under, target)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, value)
+    found.sum().backward()
+    value.sum().backward()
+    assert torch.equal(under.grad, plain.grad)
+
+
 def test_autograd_alone_would_leave_a_gradient():
     """Why the closed forms exist; if this fails, they may go."""
     logits = random(0, 50, 300, dtype=torch.float32).requires_grad_()

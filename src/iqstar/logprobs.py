@@ -102,7 +102,14 @@ IMPOSSIBLE = 1e30
 
 def _expect(p: Tensor, values: Tensor) -> Tensor:
     """Σ p·values over the vocabulary, with 0·(±inf) = 0."""
-    return torch.linalg.vecdot(p, values.clamp(-IMPOSSIBLE, IMPOSSIBLE))
+    return _dot(p, values.clamp(-IMPOSSIBLE, IMPOSSIBLE))
+
+
+def _dot(p: Tensor, values: Tensor) -> Tensor:
+    """Σ p·values over the vocabulary in their own dtype; autocast would take bfloat16."""
+    with torch.autocast(p.device.type, enabled=False):
+        product: Tensor = torch.linalg.vecdot(p, values)
+    return product
 
 
 class _ReverseKL(torch.autograd.Function):
@@ -112,7 +119,7 @@ class _ReverseKL(torch.autograd.Function):
         p = logp.exp()
         # In place from here on: a chunk's arrays are what costs time and memory.
         gap = logp.clamp_(min=-IMPOSSIBLE).sub_(target).clamp_(max=IMPOSSIBLE)
-        value = torch.linalg.vecdot(p, gap)
+        value = _dot(p, gap)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(gap.sub_(value[:, None]).mul_(p))
         return value
@@ -129,7 +136,7 @@ class _ForwardKL(torch.autograd.Function):
         logp = logits.log_softmax(dim=-1)
         p, q = logp.exp(), target.exp()
         gap = torch.sub(target.clamp(min=-IMPOSSIBLE), logp).clamp_(max=IMPOSSIBLE)
-        value = torch.linalg.vecdot(q, gap)
+        value = _dot(q, gap)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(p.sub_(q))
         return value
