@@ -91,7 +91,7 @@ def iqstar(*arguments: str) -> int:
 class ForkedRun(subprocess.Popen):
     """``iqstar fit`` as a comparison starts it, but forked; a Popen for the sake of its type."""
 
-    def __init__(self, line: list[str], stdout: Any, stderr: Any) -> None:
+    def __init__(self, line: list[str], stdout: Any, stderr: Any, env: Any) -> None:
         assert line[:3] == [sys.executable, "-m", "iqstar.cli"]
         self._process = Forked(iqstar, *line[3:], log=Path(stdout.name)).process
         self.terminate, self.kill = self._process.terminate, self._process.kill

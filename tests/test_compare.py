@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from iqstar.cli import main
@@ -271,6 +272,19 @@ def test_runs_are_made_in_order_and_a_failure_is_told(tmp_path):
     with pytest.raises(InputError, match=rf"{second.name} failed \(exit code 1\): no memory left"):
         execute([first, second], command, tmp_path, None, said.append)
     assert [line.split(":")[0] for line in said] == [f"1/2 {first.name}"]
+
+
+@pytest.mark.parametrize(("gpus", "visible", "seen"), [(4, "2,3", "2"), (4, None, "0")])
+def test_a_run_sees_one_gpu_of_several(tmp_path, monkeypatch, gpus, visible, seen):
+    """All of them would sample as many times the budget."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (run,) = runs_of(tmp_path, 1)
+    code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    execute([run], lambda _: [sys.executable, "-c", code], tmp_path, None, lambda _: None)
+    assert (tmp_path / run.name / "log.txt").read_text() == f"{seen}\n"
 
 
 def test_a_run_is_asked_to_save_itself_when_the_time_is_over(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from iqstar.atomic import remove
 from iqstar.compare.kept import SETTINGS
@@ -118,7 +121,7 @@ def execute(
         log = folder / run.name / "log.txt"
         line = command(run)
         with log.open("ab") as output:
-            process = subprocess.Popen(line, stdout=output, stderr=output)
+            process = subprocess.Popen(line, stdout=output, stderr=output, env=one_gpu())
             code = _wait(process, deadline)
         seconds = time.monotonic() - started
         if code is None:
@@ -132,6 +135,14 @@ def execute(
         end = f": {_last_line(log)}" if code else ""
         say(f"{number}/{len(runs)} {run.name}: {seconds:.0f} s{end}")
     return True
+
+
+def one_gpu() -> dict[str, str] | None:
+    """The environment of a run: with the first GPU of several, since budgets are of one device."""
+    if torch.cuda.device_count() < 2:
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "0"
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": visible.partition(",")[0]}
 
 
 def _wait(process: subprocess.Popen[bytes], deadline: float | None) -> int | None:

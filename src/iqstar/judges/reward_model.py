@@ -237,9 +237,10 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter without CUDA
         raise InputError(
             f"{KEY}.device: {name!r} is no device of this machine ({str(error).splitlines()[0]}); "
             "use auto, cpu, cuda or cuda:0"
         ) from error
+    return torch.device(name)  # cuda is each rank's own, once Lightning has set it
