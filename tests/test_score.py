@@ -475,7 +475,7 @@ def test_limit_is_that_of_the_data(tmp_path, config, capsys):
     assert "data.limit" in message
 
 
-def test_what_has_no_response_is_left_out(tmp_path, config, capsys):
+def test_what_has_no_response_is_left_out(tmp_path, config):
     """As two rows of HH-RLHF, whose chosen reply is empty: neither scored nor trained on."""
     source, path = tmp_path / "rows.jsonl", tmp_path / "credits.parquet"
     data = JSONL(path=str(source), val_prompts=3)
@@ -489,7 +489,8 @@ def test_what_has_no_response_is_left_out(tmp_path, config, capsys):
     assert len(CreditFile(path)) == 16
     scored = str(write_config(tmp_path, scored_run(config, path), "scored.yaml"))
     assert main(["fit", "--config", scored, "--trainer.max_steps", "5"]) == 0
-    assert "16 prompts to train on, 3 held out; 1 skipped: no response" in capsys.readouterr().err
+    (summary,) = tmp_path.rglob("summary.json")
+    assert json.loads(summary.read_text())["optimizer_steps"] == 5  # of four: every prompt was met
 
 
 @pytest.mark.parametrize(
