@@ -25,7 +25,7 @@ from iqstar.packed import weights_packed
 from iqstar.padding_free import Line
 from iqstar.precision import casts_kept
 from iqstar.prefixes import WORTH, WORTH_ON_GPU, KnownContexts, hidden_states
-from iqstar.pretrained import load_config, load_tokenizer, resolve_model
+from iqstar.pretrained import load_config, load_tokenizer, positions, resolve_model
 from iqstar.sampling import CategoricalSampler, ForcedDraws, checked
 from iqstar.sharding import is_sharded, shard, whole_blocks
 
@@ -163,8 +163,7 @@ class CausalLM(nn.Module):
     @property
     def max_tokens(self) -> int | None:
         """The longest sequence that the model's positions allow, where it says so."""
-        limit = getattr(self.plain.config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None else int(limit)
+        return positions(self.plain.config)
 
     def hidden(self, sequences: TokenSequences, mask: bool = False) -> Float[Tensor, "tokens dim"]:
         """Hidden states that predict the response tokens, flattened row by row.

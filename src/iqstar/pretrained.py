@@ -284,6 +284,12 @@ def _cache_error(cache: Path, error: OSError, key: str) -> InputError:
     )
 
 
+def positions(config: transformers.PretrainedConfig) -> int | None:
+    """The longest sequence that a model's positions allow, where its configuration says so."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
 @contextlib.contextmanager
 def loading(model: str, source: str, what: str, key: str) -> Iterator[None]:
     """Quiet transformers; whatever it raises becomes an InputError with a remedy.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from iqstar.chat import ChatFormat
 from iqstar.estimators import OptimalPolicyEstimator
 from iqstar.policy import PolicySpec
-from iqstar.pretrained import load_config
+from iqstar.pretrained import load_config, positions
 
 
 def prompt_room(
@@ -27,7 +27,7 @@ def prompt_room(
     config = load_config(
         spec.model, trust_remote_code=spec.trust_remote_code, revision=spec.revision
     )
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is None:
+    limit = positions(config)
+    if limit is None:
         return None
-    return int(positions) - new_tokens - (estimator.added_tokens(chat) if estimator else 0)
+    return limit - new_tokens - (estimator.added_tokens(chat) if estimator else 0)

@@ -50,7 +50,8 @@ class Outage:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._in_a_row = 0
-        self._useless: int | None = 0  # None: some answer was of use
+        self._useful = False
+        self._useless = 0
         self._told = False
         self.final = False
 
@@ -63,11 +64,9 @@ class Outage:
         """
         with self._lock:
             self._in_a_row = 0 if answered else self._in_a_row + 1
-            if useful:
-                self._useless = None
-            elif answered and self._useless is not None:
-                self._useless += 1
-            hopeless = self._useless is not None and self._useless >= HOPELESS
+            self._useful = self._useful or useful
+            self._useless += answered and not useful
+            hopeless = not self._useful and self._useless >= HOPELESS
             self.final = self.final or hopeless or self._in_a_row >= OUTAGE
 
     def tell(self, text: str) -> None:
