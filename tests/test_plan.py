@@ -221,6 +221,20 @@ def test_optimiser_states_follow_the_optimiser():
 
 
 @pytest.mark.parametrize(
+    ("settings", "foreach"),
+    [({}, True), ({"foreach": True}, True), ({"foreach": False}, False), ({"fused": True}, False)],
+)
+def test_who_takes_all_weights_at_once(settings, foreach):
+    module = InverseQStar(
+        policy=PolicySpec(),
+        estimator=NullEstimator(),
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.1, **settings),
+    )
+    found = trace_run(module, tiny_model().config, {}, WORK, "32-true")
+    assert (found.foreach, found.states_assumed) == (foreach, False)
+
+
+@pytest.mark.parametrize(
     ("file", "weights"), [("llama2_7b", 6_738_415_616), ("vicuna_13b", 13_015_864_320)]
 )
 def test_shapes_of_the_papers_models(file, weights):
@@ -249,6 +263,7 @@ RUN = Footprint(
     states=800,
     states_assumed=False,
     step_buffers=160,
+    foreach=True,
     head_casts=40,
     casts=160,
     packed=500,
@@ -280,6 +295,11 @@ def test_one_gpu_by_hand():
     assert plan.fits
     assert not make_plan(RUN, replace(ONE, memory=3474)).fits
     assert make_plan(RUN, replace(ONE, memory=3475)).fits
+
+
+def test_a_fused_optimizer_takes_no_roots():
+    fused = replace(RUN, foreach=False, step_buffers=0)
+    assert make_plan(RUN, ONE).totals["step"] - make_plan(fused, ONE).totals["step"] == 400
 
 
 def test_ddp_holds_all_and_no_copy_of_the_gradients():

@@ -75,6 +75,8 @@ class Footprint:
         states: The optimiser's.
         states_assumed: Whether these are a guess, since the optimiser could not be traced.
         step_buffers: What the optimiser takes for a moment, weight by weight.
+        foreach: Whether on GPUs it takes them for all weights at once, as PyTorch's do unless
+            they are fused.
         head_casts: Autocast's copy of the output head, which generation keeps.
         casts: Its copies of all other trained matrices, likewise.
         packed: Matrices that generating packs on a CPU.
@@ -98,6 +100,7 @@ class Footprint:
     states: int
     states_assumed: bool
     step_buffers: int
+    foreach: bool
     head_casts: int
     casts: int
     packed: int

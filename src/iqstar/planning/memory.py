@@ -218,8 +218,9 @@ def step_buffers(run: Footprint, layout: Layout) -> int:
     """What the optimiser takes for a moment.
 
     On GPUs PyTorch's optimisers take a root of all second moments at once, of shards and on CPUs
-    weight by weight.
+    weight by weight; fused ones take none.
     """
     if layout.strategy == "fsdp":
         return run.step_buffers // layout.devices
-    return max(run.step_buffers, run.gradients.total) if layout.gpu else run.step_buffers
+    at_once = layout.gpu and run.foreach
+    return max(run.step_buffers, run.gradients.total) if at_once else run.step_buffers

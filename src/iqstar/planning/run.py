@@ -102,7 +102,6 @@ class _Tracer:
         evaluation = rollout if same else self.generation(work.evaluated_rows)
         evaluation_scoring = self.evaluation_scoring()
         scored = self.scoring_and_update()
-        states, step_buffers, assumed = self.optimizer()
         micro_batches = work.step_rows / work.micro_rows
         fresh = work.step_rows / work.passes
         return Footprint(
@@ -112,9 +111,7 @@ class _Tracer:
             as_read=self.as_read(),
             frozen=frozen,
             gradients=weights_of(actor, lambda p: p.grad),
-            states=states,
-            states_assumed=assumed,
-            step_buffers=step_buffers,
+            **self.optimizer(),
             head_casts=self.head_casts,
             casts=self.all_casts - self.head_casts,
             packed=packed_bytes(actor.plain, self.dtype),
@@ -301,20 +298,23 @@ class _Tracer:
             "update_flops": update_flops,
         }
 
-    def optimizer(self) -> tuple[int, int, bool]:
-        """Bytes of the optimiser's states and of its buffers, and whether they are a guess."""
+    def optimizer(self) -> dict[str, Any]:
+        """What an optimiser step takes, as :class:`Footprint` has it."""
         trained = [p for p in self.policy.actor.parameters() if p.requires_grad]
         gradients = [p.grad for p in trained if p.grad is not None]
         try:
             optimizer = self.module.optimizer(parameter_groups(self.policy.actor))
             with Trace([*trained, *gradients]) as trace:
                 optimizer.step()
-        except (
-            RuntimeError,
-            NotImplementedError,
-            TypeError,
-        ):  # it reads values, or wants a closure
-            return 2 * sum(g.nbytes for g in gradients), 0, True
+        except (RuntimeError, NotImplementedError, TypeError):  # reads values, or wants a closure
+            guess = 2 * sum(g.nbytes for g in gradients)
+            return {"states": guess, "states_assumed": True, "step_buffers": 0, "foreach": True}
         leaves = [t for state in optimizer.state.values() for t in state.values()]
         states = sum(t.nbytes for t in leaves if isinstance(t, Tensor))
-        return states, max(trace.peak - states, 0), False
+        settings = optimizer.defaults
+        return {
+            "states": states,
+            "states_assumed": False,
+            "step_buffers": max(trace.peak - states, 0),
+            "foreach": settings.get("foreach", False) is not False and not settings.get("fused"),
+        }
