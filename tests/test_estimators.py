@@ -32,7 +32,7 @@ from iqstar.estimators import (
 from iqstar.estimators.response import CANDIDATES
 from iqstar.loading import load_frozen
 from iqstar.policy import PolicySpec
-from iqstar.rollouts import GenerateRollout, rollout_seed
+from iqstar.rollouts import DatasetRollout, GenerateRollout, rollout_seed
 from iqstar.scoring import RolloutScorer
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
@@ -453,6 +453,29 @@ def test_a_response_estimator_shows_each_prompt_its_own_best_response(scored):
         shown = estimator.exemplar.replace("{response}", texts[prompt])
         parts.append(naive(module, rollout.rows(row, row + 1), shown))
     close(found, torch.cat(parts))
+
+
+def test_both_responses_to_a_prompt_are_shown_the_same_one(scored):
+    """A prompt is its messages: in a pair each side brings its own response along."""
+    module, _, _ = scored
+    pair = [ask("Why?", "So."), ask("Why?", "For no reason.")]
+    rollout = DatasetRollout(4).roll_out(module.policy, pair, TEMPERATURE, 9)
+    estimator, shown = ResponseEstimator(KIND, RUDE, candidates=3, max_new_tokens=4), []
+    scorer = RolloutScorer(module.policy, [rollout], TEMPERATURE)
+    scorer.conditioned = lambda texts, *rest: shown.extend(texts)
+    estimator.estimate(scorer, scorer.reference(), 9)
+    assert shown[0] == shown[1]
+
+
+@pytest.mark.parametrize(
+    ("placement", "joined"), [("after_user", 2), ("Do mind this: {principle}. {prompt}", 12)]
+)
+def test_what_a_placement_writes_takes_room_too(scored, placement, joined):
+    chat = scored[0].chat
+    exact = PrincipleEstimator(KIND, placement, max_principle_tokens=chat.count(KIND))
+    assert exact.added_tokens(chat) == chat.count(KIND) + joined
+    beyond = PrincipleEstimator(KIND, placement, max_principle_tokens=chat.count(KIND) - 3)
+    assert beyond.added_tokens(chat) == chat.count(KIND) + joined - 3  # setup refuses it
 
 
 def test_candidates_are_scored_in_as_many_rows_as_responses(scored, monkeypatch):

@@ -1,6 +1,7 @@
 """The module under a real trainer: resuming, stopping, what is kept."""
 
 import math
+import weakref
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -69,6 +70,23 @@ def test_a_module_that_has_trained_goes_on_as_a_new_one(tiny, tmp_path):
     for each in (module, fresh):
         fit(each, PROMPTS, max_steps=2, ckpt_path=path, **more)
     assert same_bits(copied(trained(module)), copied(trained(fresh)))
+
+
+def test_a_rollout_is_let_go_of_before_the_next_one(tiny, tmp_path):
+    """Its hidden states are as large as the rollout: two at a time are more than was planned."""
+    alive: list[int] = []
+    rollouts: list[weakref.ref] = []
+
+    class Watched(InverseQStar):
+        def collect(self, prompts, seed):
+            alive.append(sum(ref() is not None for ref in rollouts))
+            parts = super().collect(prompts, seed)
+            rollouts.extend(weakref.ref(part.target) for part in parts)
+            return parts
+
+    fit(make_module(tiny, kind=Watched, micro_batch_size=2), PROMPTS, max_steps=6, batch_size=4)
+    assert alive == [0, 0, 0]
+    assert len(rollouts) == 6
 
 
 def test_a_rollout_is_not_taken_up_in_other_micro_batches(tiny, tmp_path):

@@ -21,7 +21,7 @@ from iqstar.module import InverseQStar
 from iqstar.planning.empty import cast_bytes, empty_policy, weights_of
 from iqstar.planning.footprint import Footprint, Generation, Weights, Workload
 from iqstar.planning.memory import GIB, Layout, make_plan
-from iqstar.planning.reading import read_architecture, workload
+from iqstar.planning.reading import limits, read_architecture, workload
 from iqstar.planning.run import trace_run
 from iqstar.planning.tracing import Trace, fake_weights, without_memory
 from iqstar.policy import CausalLM, PolicySpec
@@ -404,6 +404,18 @@ def test_other_devices_than_those_here(tmp_path, tiny, capsys):
     assert json.loads(capsys.readouterr().out)["devices"] == 2
 
 
+def test_a_gpu_elsewhere_has_bfloat16(tmp_path, tiny, capsys, monkeypatch):
+    """What this machine's processor prefers says nothing about it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu = ["--trainer.precision", "null", "--memory", "24", "--devices", "1", "--json"]
+    argv = arguments(tmp_path, tiny, *gpu, "--trainer.accelerator", "gpu")
+    plan = plan_of(capsys, argv)
+    assert plan["precision"] == "bf16-mixed"
+    assert plan["notes"][0].startswith("assumed: bf16-mixed")
+    here = plan_of(capsys, arguments(tmp_path, tiny, *gpu, "--trainer.accelerator", "auto"))
+    assert here["notes"][0].startswith("assumed: CPUs")
+
+
 def plan_of(capsys, argv) -> dict:
     assert main(argv) == 0
     return json.loads(capsys.readouterr().out)
@@ -511,3 +523,15 @@ def test_scale_configs_fit(name, shape, memory, capsys, monkeypatch):
     assert plan["peak_bytes"] < 0.9 * plan["memory_bytes"]
     peak = round(plan["peak_bytes"] / GIB)
     assert f"# iqstar plan: {peak} GiB of {memory}" in Path(config).read_text()
+
+
+def test_a_container_has_the_memory_of_its_group(tmp_path):
+    """The least of its own group and those around it counts; ``max`` is no limit."""
+    group = tmp_path / "fs" / "job" / "step"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group.parent / "memory.max").write_text("4096\n")
+    own = tmp_path / "cgroup"
+    own.write_text("1:cpu:/else\n0::/job/step\n")
+    assert limits(tmp_path / "fs", own) == [4096]
+    assert limits(tmp_path / "fs", tmp_path / "none") == []

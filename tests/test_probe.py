@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from cli_tools import changed, error_of, tiny_config, write_config
+from fitting import ask
 from iqstar.cli import main
+from iqstar.commands.labelled_credit import _batches
 from iqstar.data.labelled import LAYOUTS, read_labelled
 from iqstar.distributions import LogLinear, TokenDistributions
 from iqstar.errors import InputError
 from iqstar.estimators import OptimalPolicyEstimator
+from iqstar.module import InverseQStar
 from iqstar.ranking import (
     auc,
     average_ranks,
@@ -427,6 +430,24 @@ def test_limit_and_long_prompts(tmp_path, config, capsys):
     assert report["items"] == 9
     assert report["dropped"] == {"over data.max_prompt_tokens=100": 1}
     assert probe(tmp_path, config, data, capsys, "--limit", "4")["items"] == 4
+
+
+def test_prompts_that_leave_no_room_for_the_response(tmp_path, config, capsys, monkeypatch):
+    """As in training; otherwise the longest, which come last, would lose all that was scored."""
+    monkeypatch.setattr(InverseQStar, "prompt_room", lambda module: 100)
+    data = write(tmp_path / "p.jsonl", [*good_and_bad(4), hh("so " * 200, "z", "b")])
+    report = probe(tmp_path, config, data, capsys)
+    (reason,) = report["dropped"]
+    assert reason.startswith("over 100 tokens, response and principle pass the model's")
+    assert report["items"] == 4
+
+
+def test_responses_to_one_prompt_are_scored_together():
+    prompts = [ask("a", "1"), ask("b", "2"), ask("c", "3"), ask("a", "4"), ask("b", "5")]
+    sizes = [(1, "1"), (2, "2"), (3, "3"), (9, "4"), (5, "5")]
+    assert _batches(prompts, sizes, 2) == [[2], [1, 4], [0, 3]]
+    assert _batches(prompts, sizes, 3) == [[2, 1, 4], [0, 3]]
+    assert _batches(prompts, sizes, 1) == [[2], [1, 4], [0, 3]]
 
 
 def test_the_table_is_for_people(tmp_path, config, capsys):

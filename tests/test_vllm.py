@@ -5,6 +5,7 @@ What it does with real samples is in test_vllm_real.py (``make test-vllm``).
 
 import copy
 import re
+import time
 
 import pytest
 import torch
@@ -306,6 +307,19 @@ def test_a_server_that_dies_says_how_to_go_on(tiny):
         engine.roll_out(policy, PROMPTS, 1.0, 0)
     with pytest.raises(InputError, match=r"\.url: .* stopped answering .*--ckpt_path last"):
         engine.roll_out(policy, PROMPTS, 1.0, 1)
+
+
+def test_a_server_that_takes_too_long_is_not_called_dead(tiny):
+    """Its log has nothing to say, and another start would time out again."""
+
+    def slow(body):
+        time.sleep(1.0)
+        return cut(body)
+
+    with stand_in(tiny, slow) as server:
+        engine = VLLMRollout(server.url, max_new_tokens=3, timeout=0.2)
+        with pytest.raises(InputError, match=r"\.timeout: .* within 0\.2 seconds; give it more"):
+            engine.roll_out(load(tiny), PROMPTS[:1], 1.0, 0)
 
 
 def test_a_request_whose_connection_is_reset_is_sent_again(tiny, server, monkeypatch):

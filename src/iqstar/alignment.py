@@ -204,8 +204,10 @@ class AlignmentModule(TrainedModule):
             self._window_weight = global_sum(weight)
 
     def on_train_batch_end(self, *arguments: Any) -> None:
-        """Adds to the time that training took."""
+        """Adds to the time that training took, and lets go of a rollout that is used up."""
         self.progress.end_step()
+        if self._batch is not None and self._batch.step + 1 >= self._batch.steps:
+            self._buffer = []  # its hidden states; before an evaluation and the next rollout
 
     def _new_rollout(self, prompts: tuple[Prompt, ...]) -> None:
         self.before_rollout()

@@ -50,8 +50,8 @@ HELP = """usage: iqstar {command} --config FILE [--KEY VALUE ...]
 
 iqstar {command}: {purpose}.
 
-Settings come from YAML files and from the command line, which wins; a later file wins over an
-earlier one. A file may also hold one part: --model.estimator configs/estimator/placebo.yaml
+Settings come from YAML files and from the command line; whatever stands later wins, so put --config
+first. A file may also hold one part: --model.estimator configs/estimator/placebo.yaml
 
   --model.help                        the method's settings
   --model.estimator.help CLASS        those of a part (estimator, loss, rollout, schedule, judge)

@@ -121,7 +121,8 @@ class CreditFile:
         if place is None:
             raise InputError(
                 f"{KEY}: {self.path} has no credits for the prompt {shown}; score the data of this "
-                "run (iqstar score with the same data settings, no --limit), or set data.limit to "
+                "run (iqstar score with the same data settings and max_new_tokens, since longer "
+                "responses leave less room for prompts, no --limit), or set data.limit to "
                 "the --limit that the file was made with. Held-out prompts are never in it: "
                 "predict with DatasetRollout"
             )

@@ -166,7 +166,7 @@ def refuse_checkpoint(path: str | None, reason: str) -> None:
 class IQStarCLI(LightningCLI):
     """Lightning's CLI with this project's defaults.
 
-    A value on the command line wins over one in a config, and a later config over an earlier one.
+    Whatever stands later on the command line wins, a config or a value.
     The settings in a checkpoint are a record, and never applied.
     """
 

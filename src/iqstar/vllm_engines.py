@@ -140,7 +140,7 @@ class Server(Engine):
             except (OSError, http.client.HTTPException, ValueError) as error:
                 reset = isinstance(getattr(error, "reason", error), ConnectionResetError)
                 if pause is None or not reset:
-                    raise self._silent(error) from error
+                    raise self._silent(path, error) from error
             time.sleep(pause)
         self._answered = True
         return content
@@ -160,8 +160,14 @@ class Server(Engine):
             remedy = "its log says more"
         return InputError(f"{KEY}.url: the vLLM server at {self.url} {problem}; {remedy}")
 
-    def _silent(self, error: Exception) -> InputError:
+    def _silent(self, path: str, error: Exception) -> InputError:
         reason = getattr(error, "reason", None) or error or type(error).__name__
+        if isinstance(getattr(error, "reason", error), TimeoutError):
+            return InputError(
+                f"{KEY}.timeout: the vLLM server at {self.url} did not answer {path} within "
+                f"{self.timeout:g} seconds; give it more, or lower {KEY}.batch_size, and go on "
+                "with --ckpt_path last"
+            )
         if self._answered:
             return InputError(
                 f"{KEY}.url: the vLLM server at {self.url} stopped answering ({reason}); its log "

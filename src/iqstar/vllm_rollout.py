@@ -183,15 +183,19 @@ class VLLMRollout(RolloutEngine):
         first = not distributed.is_initialized() or distributed.get_rank() == 0
         # Sharded weights are gathered from all ranks; else the others have nothing to do.
         needed = first or is_sharded(policy.actor)
-        failure, where = None, (self.transfer_folder, f"{KEY}.transfer_folder")
+        where = self.transfer_folder, f"{KEY}.transfer_folder"
+        problem: Exception | None = None
         try:
             weights = effective_weights(policy.actor) if needed else {}
             if first:
                 with weight_folder(policy.actor, weights, self._served["dtype"], *where) as folder:
                     engine.load(folder)
-        except InputError as error:
-            failure = str(error)
-        failures = [f for f in gather(failure) if f]
+        except Exception as error:  # whatever it is: the other ranks wait to be told
+            problem = error
+        told = None if problem is None else str(problem) or type(problem).__name__
+        failures = [f for f in gather(told) if f is not None]
+        if problem is not None:
+            raise problem
         if failures:
             raise InputError(failures[0])
         self.sync_seconds = time.perf_counter() - started

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning import Trainer
@@ -43,7 +44,7 @@ def comparable(
         InputError: If none is left.
     """
     items: list[LabelledItem] = []
-    dropped = Counter(labelled.dropped)
+    dropped, room = Counter(labelled.dropped), module.prompt_room()
     for item in labelled.items:
         if len(items) == limit:
             break
@@ -52,6 +53,9 @@ def comparable(
         kept = {tuple(reply[: module.rollout.max_new_tokens]) for reply in replies}
         if max_prompt_tokens is not None and tokens > max_prompt_tokens:
             dropped[f"over data.max_prompt_tokens={max_prompt_tokens}"] += 1
+        elif room is not None and tokens > room:
+            reason = f"over {room} tokens, response and principle pass the model's positions"
+            dropped[reason] += 1
         elif len(kept) < len(replies):
             dropped["equal sides, once cut at max_new_tokens"] += 1
         else:
@@ -88,7 +92,8 @@ def score(
         trainer: Of one device; for its precision and its device.
         module: The run's.
         prompts: With responses.
-        batch_size: Responses that are scored together; they are alike in length.
+        batch_size: Responses that are scored together, but for those to one prompt, which always
+            are; they are alike in length.
 
     Raises:
         InputError: If a credit is not finite.
@@ -101,16 +106,14 @@ def score(
         tokens = module.chat.response_ids(text)[: engine.max_new_tokens]
         return module.count_prompt_tokens(prompts[index]) + len(tokens), text
 
-    order = sorted(range(len(prompts)), key=size)
     found: dict[int, Scored] = {}
-    starts = track(
-        range(0, len(order), batch_size),
+    batches = track(
+        _batches(prompts, [size(index) for index in range(len(prompts))], batch_size),
         "Scoring",
         console=Console(stderr=True),
         disable=trainer.progress_bar_callback is None,
     )
-    for seed, start in enumerate(starts):
-        rows = order[start : start + batch_size]
+    for seed, rows in enumerate(batches):
         rollout = engine.roll_out(policy, [prompts[i] for i in rows], module.temperature, seed)
         with torch.no_grad(), plugin.forward_context():
             (micro,) = assign_credit(
@@ -133,3 +136,18 @@ def score(
                 )
             found[i] = Scored(credits=credit.numpy(), truncated=cut)
     return [found[i] for i in range(len(prompts))]
+
+
+def _batches(
+    prompts: Sequence[Prompt], sizes: Sequence[tuple[int, str]], batch_size: int
+) -> list[list[int]]:
+    """Rows alike in size, all responses to one prompt together: an estimator may sample for it."""
+    groups: dict[Any, list[int]] = {}
+    for index in sorted(range(len(prompts)), key=sizes.__getitem__):
+        groups.setdefault(prompts[index].messages, []).append(index)
+    batches: list[list[int]] = []
+    for group in sorted(groups.values(), key=lambda rows: sizes[rows[-1]]):
+        if not batches or len(batches[-1]) + len(group) > batch_size:
+            batches.append([])
+        batches[-1] += group
+    return batches

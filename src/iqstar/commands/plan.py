@@ -11,6 +11,8 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import torch
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.table import Table
@@ -121,8 +123,7 @@ def plan_run(cli: PlanCLI) -> dict[str, Any]:
         evaluates=trainer.limit_val_batches != 0,
         devices=devices.devices,
     )
-    precision = str(trainer.precision or default_precision("gpu" if devices.gpu else "cpu"))
-    precision = ALIASES.get(precision, precision)
+    precision, assumed = _precision(trainer, devices)
     policy, own_models = architectures(cli.model, options.architecture)
     device = "cuda" if devices.gpu else "cpu"
     run = trace_run(cli.model, policy, own_models, work, precision, device)
@@ -146,8 +147,23 @@ def plan_run(cli: PlanCLI) -> dict[str, Any]:
         "prompt_tokens": work.prompt_tokens,
         "new_tokens": work.new_tokens,
         "responses_per_step": work.step_rows * devices.devices,
-        "notes": notes(run, devices, plan, f"prompts of {work.prompt_tokens} tokens ({where})"),
+        "notes": [
+            *assumed,
+            *notes(run, devices, plan, f"prompts of {work.prompt_tokens} tokens ({where})"),
+        ],
     }
+
+
+def _precision(trainer: Namespace, devices: Layout) -> tuple[str, list[str]]:
+    """A run's precision, and what was assumed of a machine that may not be this one."""
+    assumed = []
+    if str(trainer.accelerator) == "auto" and not devices.gpu:
+        assumed.append("assumed: CPUs, as here; plan GPUs with --trainer.accelerator gpu")
+    if trainer.precision is None and devices.gpu and not torch.cuda.is_available():
+        assumed.append("assumed: bf16-mixed, which runs take on GPUs that have bfloat16")
+        return "bf16-mixed", assumed
+    precision = str(trainer.precision or default_precision("gpu" if devices.gpu else "cpu"))
+    return ALIASES.get(precision, precision), assumed
 
 
 def notes(run: Footprint, devices: Layout, plan: Plan, prompts: str) -> list[str]:

@@ -146,9 +146,9 @@ def claims(comparison: Comparison, curves: Curves) -> str:
             lines.append(f"| {control.name} | {real} | {_range(shares)} |")
     lines += [
         "",
-        "Medians over all pairs of a run of one and a run of the other, and their range. Whoever",
-        "never has that score counts as last; for the gain, pairs that have that KL count. A run",
-        "that was never better than before its training is no mark for others.",
+        "Medians over all pairs of a run of one and a run of the other, and their range. A run",
+        "that never reaches the score ranks last; for the gain, pairs with that KL count. A run",
+        "that was never better than before its training is not used as a target.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -49,13 +49,16 @@ class ToldEstimator(OptimalPolicyEstimator):
 
     def added_tokens(self, chat: ChatFormat) -> int:
         """See :meth:`OptimalPolicyEstimator.added_tokens`."""
-        return max(self._added(chat, text) for text in self.texts.values())
+        budget = self.max_principle_tokens  # what is beyond it is refused, with a better message
+        return max(
+            self._added(chat, text) - max(chat.count(text) - budget, 0)
+            for text in self.texts.values()
+        )
 
     def _added(self, chat: ChatFormat, text: str) -> int:
-        """Tokens of a text in its place, as far as its budget goes."""
+        """Tokens of a text in its place, with what the placement and the template write there."""
         prompt = (Message(role="user", content="a"),)
-        told = len(chat.prompt_ids(prompt, text, self.placement))
-        return min(told - len(chat.prompt_ids(prompt)), self.max_principle_tokens)
+        return len(chat.prompt_ids(prompt, text, self.placement)) - len(chat.prompt_ids(prompt))
 
     def own_models(self) -> tuple[str, ...]:
         """See :meth:`OptimalPolicyEstimator.own_models`."""

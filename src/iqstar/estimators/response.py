@@ -90,9 +90,9 @@ class ResponseEstimator(ToldEstimator):
                 "without a model; plan the run with PrincipleEstimator in its place"
             )
         rows = [prompt for part in scorer.micro_batches for prompt in part.prompts]
-        distinct = list(dict.fromkeys(rows))
-        best = dict(zip(distinct, self._best(scorer, distinct, seed), strict=True))
-        texts = [self.exemplar.replace("{response}", best[prompt]) for prompt in rows]
+        distinct = {prompt.messages: prompt for prompt in rows}  # whatever its own response is
+        best = dict(zip(distinct, self._best(scorer, [*distinct.values()], seed), strict=True))
+        texts = [self.exemplar.replace("{response}", best[prompt.messages]) for prompt in rows]
         return scorer.conditioned(texts, self.placement, self.model)
 
     def _best(self, scorer: RolloutScorer, prompts: Sequence[Prompt], seed: int) -> list[str]:

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -163,10 +164,33 @@ def _strategy(strategy: Any, devices: int) -> Literal["single", "ddp", "fsdp"]:
 def _memory(gpu: bool, processes: int) -> int:
     if not gpu:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return total // processes
+        return min([total, *limits()]) // processes
     if not torch.cuda.is_available():
         raise InputError("--memory: there is no GPU here to ask; give its memory in GiB")
     return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes of main memory that this process's control groups leave it (Linux, version 2).
+
+    A container or a job of a cluster may have far less than the machine.
+
+    Args:
+        root: Where the groups are mounted.
+        own: The file that names this process's group.
+    """
+    try:
+        text = own.read_text(encoding="utf-8")
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        if line.startswith("0::"):
+            group = root / line[3:].strip("/")
+            for folder in (group, *group.parents):
+                with suppress(OSError, ValueError):  # "max", or no such file
+                    found.append(int((folder / "memory.max").read_text(encoding="utf-8")))
+    return found
 
 
 def architectures(
