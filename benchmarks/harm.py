@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "harm.json"
 CONFIG = "configs/experiment/beavertails_harmless.yaml"
 PRINCIPLES = {
     "harmless": [],
-    "kind": ["--model.estimator", "configs/estimator/contrastive.yaml"],
+    "kind": ["--model.estimator", "configs/estimator/principle.yaml"],
 }
 """The arguments that choose each one's estimator."""
 KEPT = ("name", "version", "policy", "reference", "difference", "wins", "ties", "losses")
