@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from iqstar.attention import grouped_attention
+from iqstar.attention import grouped_attention, warn_off_cpus
 from iqstar.loading import load_policy
 from iqstar.mdp import Message, Prompt
 from iqstar.policy import PolicySpec
@@ -96,3 +96,11 @@ def test_same_model_as_eager(tmp_path):
         hidden.append(policy.actor.hidden(pack_prompts(policy.actor, rollout)))
     assert torch.equal(*sampled)
     torch.testing.assert_close(*hidden, atol=1e-6, rtol=1e-5)
+
+
+def test_on_a_gpu_it_says_whom_it_is_for(recwarn):
+    warn_off_cpus("grouped", torch.device("cpu"))
+    warn_off_cpus(None, torch.device("cuda", 0))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"attn_implementation: grouped is for CPUs.*cuda:0; null"):
+        warn_off_cpus("grouped", torch.device("cuda", 0))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -24,6 +25,20 @@ from iqstar.precision import product_dtype
 NAME = "grouped"
 _MORE = ("softcap", "s_aux", "position_bias")
 """What some models hand over that changes the result."""
+
+
+def warn_off_cpus(implementation: str | None, device: torch.device) -> None:
+    """Warns where this attention is to run on a GPU: it is right there too, but never timed.
+
+    Args:
+        implementation: ``model.policy.attn_implementation``.
+        device: The run's.
+    """
+    if implementation == NAME and device.type != "cpu":
+        rank_zero_warn(
+            f"model.policy.attn_implementation: {NAME} is for CPUs, and this run is on {device}; "
+            "null leaves the choice to transformers, whose kernels are made for it"
+        )
 
 
 def grouped_attention(

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from iqstar.attention import warn_off_cpus
 from iqstar.chat import ChatFormat
 from iqstar.errors import InputError
 from iqstar.evaluated import EvaluatedModule
@@ -141,6 +142,7 @@ class TrainedModule(EvaluatedModule, ABC):
         if self.policy is not None:
             return
         check_same_checkpoint(self.goes_on_from)
+        warn_off_cpus(self.spec.attn_implementation, self.trainer.strategy.root_device)
         precision = str(self.trainer.precision)
         needed = self.rollout.needs_reference(self.trainer)
         with torch.device("cpu"):  # not Lightning's device: it moves all of this module at once
