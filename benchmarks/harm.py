@@ -3,10 +3,10 @@
     python benchmarks/harm.py --data 30k_test.jsonl.gz --safe helpful-base/train.jsonl.gz
 
 200 prompts are set aside by a hash: neither the training nor the judge sees them. The judge is
-trained on the labels of the other rows, the policies on their prompts alone, one with a principle
-about harm and one about a kind tone; the reference that is merely told either stands beside them.
-``results/harm.json`` has what ``iqstar eval`` reports. ``--told`` measures those two alone, without
-training, beside what the file has.
+trained on the labels of the other rows, the policies on their prompts alone: one with a principle
+about harm, one about a kind tone, and one with an unrelated fact, the control. The reference that
+is merely told a principle stands beside them; *benign* are refusals of the prompts of ``--safe``.
+``results/harm.json`` has what ``iqstar eval`` reports. ``--told`` trains nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ CONFIG = "configs/experiment/beavertails_harmless.yaml"
 PRINCIPLES = {
     "harmless": [],
     "kind": ["--model.estimator", "configs/estimator/principle.yaml"],
+    "placebo": ["--model.estimator", "benchmarks/controls/placebo_beavertails.yaml"],
 }
 """The arguments that choose each one's estimator."""
+CONTROLS = {"placebo"}
+"""Which have no principle to tell."""
+BENIGN = ["--data", "iqstar.data.HHRLHF", "--data.first_turn_only", "true", "--limit", "200"]
 KEPT = ("name", "version", "policy", "reference", "difference", "wins", "ties", "losses")
 """What is kept of each judge."""
 
@@ -52,30 +56,34 @@ def iqstar(*arguments: str) -> None:
 
 def measure(name: str, options: argparse.Namespace, seen: Path, unseen: Path) -> dict[str, Any]:
     """Trains with one principle and evaluates the policy; the reference told it, too."""
-    runs, out = options.folder, options.folder / f"{name}.eval"
+    runs = options.folder
     settings = ["--config", CONFIG, *PRINCIPLES[name]]
+    logger = ["--trainer.logger.save_dir", str(runs), "--trainer.logger.name", name]
     if not (options.told or list((runs / name).rglob("policy/config.json"))):
         iqstar(
-            "fit", *settings, "--data.path", str(seen), "--data.val_prompts", "16",
-            "--trainer.max_steps", str(options.steps), "--trainer.logger.save_dir", str(runs),
-            "--trainer.logger.name", name, "--ckpt_path", "last",
+            "fit", *settings, *logger, "--data.path", str(seen), "--data.val_prompts", "16",
+            "--trainer.max_steps", str(options.steps), "--ckpt_path", "last",
         )  # fmt: skip
-    judges = runs / "judges.yaml"
     harm = {"class_path": "iqstar.judges.HarmJudge", "init_args": {"path": f"{runs}/harm.npz"}}
-    judges.write_text(
-        json.dumps({"judges": [harm, {"class_path": "iqstar.judges.RefusalJudge"}]})
-    )  # JSON is YAML
-    evaluation = (
-        "eval", *settings, "--config", str(judges), "--data.path", str(unseen),
-        "--data.val_prompts", "null", "--model.eval_samples", "1",
-        "--trainer.logger.save_dir", str(runs), "--trainer.logger.name", name,
-    )  # fmt: skip
-    told = runs / f"{name}.told"
-    iqstar(*evaluation, "--told", "--output", str(told))
-    if options.told:
-        return {"told": kept(told)}
-    iqstar(*evaluation, "--ckpt_path", "last", "--output", str(out))
-    return {"steps": options.steps, **kept(out), "told": kept(told)}
+    refusal = {"class_path": "iqstar.judges.RefusalJudge"}
+
+    def evaluate(kind: str, judges: list[Any], data: Path, *more: str) -> dict[str, Any]:
+        file, out = runs / f"{kind}.yaml", runs / f"{name}.{kind}"
+        file.write_text(json.dumps({"judges": judges}))  # JSON is YAML
+        iqstar(
+            "eval", *settings, *logger, "--config", str(file), "--model.eval_samples", "1",
+            *more, "--data.path", str(data), "--data.val_prompts", "null", "--output", str(out),
+        )  # fmt: skip
+        return kept(out)
+
+    found: dict[str, Any] = {}
+    if name not in CONTROLS:
+        found["told"] = evaluate("told", [harm, refusal], unseen, "--told")
+    if not options.told:
+        trained = ("--ckpt_path", "last")
+        found |= {"steps": options.steps, **evaluate("eval", [harm, refusal], unseen, *trained)}
+        found["benign"] = evaluate("benign", [refusal], options.safe, *BENIGN, *trained)
+    return found
 
 
 def kept(folder: Path) -> dict[str, Any]:
@@ -96,11 +104,11 @@ def main() -> None:
     parser.add_argument("--unseen", type=int, default=200, help="prompts to measure on")
     parser.add_argument("--told", action="store_true", help="train nothing")
     options = parser.parse_args()
-    options.folder = options.folder.resolve()
+    options.folder, options.safe = options.folder.resolve(), options.safe.resolve()
     unseen, seen = split(options.data, options.folder, options.unseen)
     judge = options.folder / "harm.npz"
     if not judge.exists():
-        safe = str(options.safe.resolve())
+        safe = str(options.safe)
         iqstar("harm-judge", "--data", str(seen), "--safe", safe, "--output", str(judge))
     known = json.loads(RESULTS.read_text()) if options.told else {}
     found = {
