@@ -59,7 +59,7 @@ def measure(name: str, options: argparse.Namespace, seen: Path, unseen: Path) ->
     runs = options.folder
     settings = ["--config", CONFIG, *PRINCIPLES[name]]
     logger = ["--trainer.logger.save_dir", str(runs), "--trainer.logger.name", name]
-    if not (options.told or list((runs / name).rglob("policy/config.json"))):
+    if not options.told:
         iqstar(
             "fit", *settings, *logger, "--data.path", str(seen), "--data.val_prompts", "16",
             "--trainer.max_steps", str(options.steps), "--ckpt_path", "last",
@@ -95,7 +95,7 @@ def kept(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures both principles."""
+    """Measures all principles."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="BeaverTails rows, .jsonl.gz")
     parser.add_argument("--safe", type=Path, required=True, help="HH pairs with safe replies")
@@ -111,8 +111,10 @@ def main() -> None:
         safe = str(options.safe)
         iqstar("harm-judge", "--data", str(seen), "--safe", safe, "--output", str(judge))
     known = json.loads(RESULTS.read_text()) if options.told else {}
-    found = {
-        name: known.get(name, {}) | measure(name, options, seen, unseen) for name in PRINCIPLES
+    found = known | {
+        name: known.get(name, {}) | measure(name, options, seen, unseen)
+        for name in PRINCIPLES
+        if not (options.told and name in CONTROLS)
     }
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fitting import attach, make_module
 from iqstar.attention import grouped_attention, warn_off_cpus
 from iqstar.loading import load_policy
 from iqstar.mdp import Message, Prompt
@@ -96,6 +97,13 @@ def test_same_model_as_eager(tmp_path):
         hidden.append(policy.actor.hidden(pack_prompts(policy.actor, rollout)))
     assert torch.equal(*sampled)
     torch.testing.assert_close(*hidden, atol=1e-6, rtol=1e-5)
+
+
+def test_a_run_asks_about_its_device(tiny, monkeypatch):
+    asked = []
+    monkeypatch.setattr("iqstar.trained.warn_off_cpus", lambda *given: asked.append(given))
+    attach(make_module(tiny, spec={"attn_implementation": "grouped"}))
+    assert asked == [("grouped", torch.device("cpu"))]
 
 
 def test_on_a_gpu_it_says_whom_it_is_for(recwarn):

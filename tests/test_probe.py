@@ -442,12 +442,13 @@ def test_prompts_that_leave_no_room_for_the_response(tmp_path, config, capsys, m
     assert report["items"] == 4
 
 
-def test_responses_to_one_prompt_are_scored_together():
+def test_responses_to_one_prompt_are_scored_together_where_it_matters():
     prompts = [ask("a", "1"), ask("b", "2"), ask("c", "3"), ask("a", "4"), ask("b", "5")]
     sizes = [(1, "1"), (2, "2"), (3, "3"), (9, "4"), (5, "5")]
-    assert _batches(prompts, sizes, 2) == [[2], [1, 4], [0, 3]]
-    assert _batches(prompts, sizes, 3) == [[2, 1, 4], [0, 3]]
-    assert _batches(prompts, sizes, 1) == [[2], [1, 4], [0, 3]]
+    assert _batches(prompts, sizes, 2, together=True) == [[2], [1, 4], [0, 3]]
+    assert _batches(prompts, sizes, 3, together=True) == [[2, 1, 4], [0, 3]]
+    assert _batches(prompts, sizes, 1, together=True) == [[2], [1, 4], [0, 3]]
+    assert _batches(prompts, sizes, 2, together=False) == [[0, 1], [2, 4], [3]]
 
 
 def test_the_table_is_for_people(tmp_path, config, capsys):

@@ -6,6 +6,7 @@ What it does with real samples is in test_vllm_real.py (``make test-vllm``).
 import copy
 import re
 import time
+import urllib.error
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from iqstar.errors import InputError
 from iqstar.loading import load_policy
 from iqstar.policy import PolicySpec
 from iqstar.rollouts import rollout_seed
+from iqstar.vllm_engines import Server
 from iqstar.vllm_rollout import VLLMRollout
 from iqstar.weight_files import effective_weights
 from processes import fit_in_two
@@ -320,6 +322,29 @@ def test_a_server_that_takes_too_long_is_not_called_dead(tiny):
         engine = VLLMRollout(server.url, max_new_tokens=3, timeout=0.2)
         with pytest.raises(InputError, match=r"\.timeout: .* within 0\.2 seconds; give it more"):
             engine.roll_out(load(tiny), PROMPTS[:1], 1.0, 0)
+
+
+def test_a_host_that_cannot_be_reached_in_time_is_no_slow_server(monkeypatch):
+    """The kernel gives up a connection by itself; urllib wraps what it says."""
+    server = Server("http://127.0.0.1:9", "model", timeout=600.0)
+
+    def unreachable(*_, **__):
+        raise urllib.error.URLError(TimeoutError("timed out"))
+
+    monkeypatch.setattr(server._opener, "open", unreachable)
+    with pytest.raises(InputError, match=r"no vLLM server answers at .*; start one with"):
+        server.model()
+
+
+def test_any_error_of_bringing_weights_is_raised_as_it_is(tiny, server, monkeypatch):
+    engine, policy = VLLMRollout(server.url), load(tiny)
+
+    def fail(folder):
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(engine.connect(policy), "load", fail)
+    with pytest.raises(RuntimeError, match="the disk is on fire"):
+        engine.synchronise(policy)
 
 
 def test_a_request_whose_connection_is_reset_is_sent_again(tiny, server, monkeypatch):

@@ -162,11 +162,11 @@ class Server(Engine):
 
     def _silent(self, path: str, error: Exception) -> InputError:
         reason = getattr(error, "reason", None) or error or type(error).__name__
-        if isinstance(getattr(error, "reason", error), TimeoutError):
+        if isinstance(error, TimeoutError):  # of the answer; one of the connection is wrapped
+            fewer = f", or lower {KEY}.batch_size" if path.endswith("/generate") else ""
             return InputError(
                 f"{KEY}.timeout: the vLLM server at {self.url} did not answer {path} within "
-                f"{self.timeout:g} seconds; give it more, or lower {KEY}.batch_size, and go on "
-                "with --ckpt_path last"
+                f"{self.timeout:g} seconds; give it more{fewer}, and go on with --ckpt_path last"
             )
         if self._answered:
             return InputError(

@@ -190,7 +190,7 @@ class VLLMRollout(RolloutEngine):
             if first:
                 with weight_folder(policy.actor, weights, self._served["dtype"], *where) as folder:
                     engine.load(folder)
-        except Exception as error:  # whatever it is: the other ranks wait to be told
+        except Exception as error:  # of the server, say: the other ranks wait to be told
             problem = error
         told = None if problem is None else str(problem) or type(problem).__name__
         failures = [f for f in gather(told) if f is not None]

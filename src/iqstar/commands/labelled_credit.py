@@ -92,8 +92,8 @@ def score(
         trainer: Of one device; for its precision and its device.
         module: The run's.
         prompts: With responses.
-        batch_size: Responses that are scored together, but for those to one prompt, which always
-            are; they are alike in length.
+        batch_size: Responses that are scored together; they are alike in length. An estimator
+            whose credit depends on its rollout has all responses to a prompt in one, however many.
 
     Raises:
         InputError: If a credit is not finite.
@@ -108,7 +108,12 @@ def score(
 
     found: dict[int, Scored] = {}
     batches = track(
-        _batches(prompts, [size(index) for index in range(len(prompts))], batch_size),
+        _batches(
+            prompts,
+            [size(index) for index in range(len(prompts))],
+            batch_size,
+            together=any(getattr(m, "mixes_tokens", False) for m in module.estimator.modules()),
+        ),
         "Scoring",
         console=Console(stderr=True),
         disable=trainer.progress_bar_callback is None,
@@ -139,12 +144,12 @@ def score(
 
 
 def _batches(
-    prompts: Sequence[Prompt], sizes: Sequence[tuple[int, str]], batch_size: int
+    prompts: Sequence[Prompt], sizes: Sequence[tuple[int, str]], batch_size: int, together: bool
 ) -> list[list[int]]:
-    """Rows alike in size, all responses to one prompt together: an estimator may sample for it."""
+    """Rows alike in size; together, those to one prompt: an estimator may sample for it."""
     groups: dict[Any, list[int]] = {}
     for index in sorted(range(len(prompts)), key=sizes.__getitem__):
-        groups.setdefault(prompts[index].messages, []).append(index)
+        groups.setdefault(prompts[index].messages if together else index, []).append(index)
     batches: list[list[int]] = []
     for group in sorted(groups.values(), key=lambda rows: sizes[rows[-1]]):
         if not batches or len(batches[-1]) + len(group) > batch_size:
