@@ -206,7 +206,7 @@ class AlignmentModule(TrainedModule):
     def on_train_batch_end(self, *arguments: Any) -> None:
         """Adds to the time that training took, and lets go of a rollout that is used up."""
         self.progress.end_step()
-        if self._batch is not None and self._batch.step + 1 >= self._batch.steps:
+        if self._batch is not None and self._batch.used_up:
             self._buffer = []  # its hidden states; before an evaluation and the next rollout
 
     def _new_rollout(self, prompts: tuple[Prompt, ...]) -> None:
@@ -281,7 +281,7 @@ class AlignmentModule(TrainedModule):
         """The rollout, its seed and :attr:`kept`, where updates on it are still to come."""
         if self._saved_rollout is not None:  # not yet taken up again
             return self._saved_rollout
-        if self._batch is None or self._batch.step + 1 >= self._batch.steps:
+        if self._batch is None or self._batch.used_up:
             return None
         return rollout_state(self._buffer, self._buffer_seed, self.kept)
 

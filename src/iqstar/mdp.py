@@ -82,6 +82,11 @@ class PromptBatch:
         self.steps = steps
         self.last = last
 
+    @property
+    def used_up(self) -> bool:
+        """Whether this is the last training step on its prompts."""
+        return self.step + 1 >= self.steps
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PromptBatch):
             return NotImplemented

@@ -14,6 +14,7 @@ from rich.progress import track
 
 from iqstar.assignment import assign_credit
 from iqstar.data.labelled import LabelledItem, LabelledSet
+from iqstar.data.turns import NO_ROOM
 from iqstar.errors import InputError
 from iqstar.mdp import Prompt
 from iqstar.module import InverseQStar
@@ -54,8 +55,7 @@ def comparable(
         if max_prompt_tokens is not None and tokens > max_prompt_tokens:
             dropped[f"over data.max_prompt_tokens={max_prompt_tokens}"] += 1
         elif room is not None and tokens > room:
-            reason = f"over {room} tokens, response and principle pass the model's positions"
-            dropped[reason] += 1
+            dropped[NO_ROOM.format(room)] += 1
         elif len(kept) < len(replies):
             dropped["equal sides, once cut at max_new_tokens"] += 1
         else:
@@ -112,7 +112,7 @@ def score(
             prompts,
             [size(index) for index in range(len(prompts))],
             batch_size,
-            together=any(getattr(m, "mixes_tokens", False) for m in module.estimator.modules()),
+            together=bool(module.estimator.mixing()),
         ),
         "Scoring",
         console=Console(stderr=True),

@@ -161,8 +161,7 @@ def check_storable(estimator: OptimalPolicyEstimator) -> None:
     Raises:
         InputError: If the estimator mixes the tokens of a rollout.
     """
-    mixing = [m for m in estimator.modules() if getattr(m, "mixes_tokens", False)]
-    if mixing:
+    if mixing := estimator.mixing():
         raise InputError(
             f"model.estimator: {type(mixing[0]).__name__} gives a token another credit in every "
             "rollout, so it cannot be written once; use DatasetRollout with it"

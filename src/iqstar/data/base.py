@@ -15,6 +15,7 @@ from iqstar.data.loader import EvalBatches, RepeatedBatches
 from iqstar.data.reading import Row, find_files, read_file, read_hub
 from iqstar.data.report import DataReport, quantiles
 from iqstar.data.turns import (
+    NO_ROOM,
     HeldOut,
     RowError,
     UnusableRowError,
@@ -267,7 +268,7 @@ class PromptDataModule(LightningDataModule, ABC):
         if self.max_prompt_tokens is not None and tokens > self.max_prompt_tokens:
             return f"over max_prompt_tokens={self.max_prompt_tokens}"
         if self._room is not None and tokens > self._room:
-            return f"over {self._room} tokens, response and principle pass the model's positions"
+            return NO_ROOM.format(self._room)
         return None
 
     # ---- loaders

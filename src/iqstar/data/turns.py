@@ -14,6 +14,8 @@ HeldOut = int | Literal["auto"] | None
 """A number of prompts to hold out; None for all."""
 HELDOUT = 64
 """What ``auto`` stands for where there are prompts enough."""
+NO_ROOM = "over {} tokens, response and principle pass the model's positions"
+"""Why a prompt is left out that is longer than the module's ``prompt_room``."""
 
 
 class RowError(ValueError):

@@ -37,6 +37,10 @@ class OptimalPolicyEstimator(nn.Module, ABC):
     mixes_tokens: ClassVar[bool] = False
     """Whether a token's credit depends on the seed or on other rows, so that none can be kept."""
 
+    def mixing(self) -> list[nn.Module]:
+        """The parts of it that mix tokens (``mixes_tokens``)."""
+        return [part for part in self.modules() if getattr(part, "mixes_tokens", False)]
+
     @abstractmethod
     def estimate(
         self, scorer: FrozenScorer, reference: TokenDistributions, seed: int
